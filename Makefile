@@ -6,10 +6,10 @@ STAMP  := $(VENV)/.stamp-installed
 INDEX  := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tour train test lab check notebooks weights
+.PHONY: help setup tour train test lab check notebooks weights clap-env
 
 help:  ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 	@echo "CPU=1 takes the CPU build of torch on Linux; PYTHON=... picks the interpreter (3.11 or newer)"
 
 $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
@@ -23,7 +23,7 @@ setup: $(STAMP)  ## make .venv with everything in it
 tour: $(STAMP)  ## prompt to sound with the shipped weights: out/tour.wav and out/tour.png
 	$(BIN)/audiorepro tour
 
-train: $(STAMP)  ## train your own AudioLDM 2 at toy scale (planned for 35 minutes on 2 free cores; not timed yet)
+train: $(STAMP)  ## train your own AudioLDM 2 at toy scale (planned for 35 minutes on 2 free cores; parts timed, not yet the whole)
 	$(BIN)/audiorepro train
 
 test: $(STAMP)  ## all tests, then every lesson in a fresh kernel
@@ -46,3 +46,7 @@ notebooks: $(STAMP)  ## execute the lessons in fresh kernels and keep their outp
 
 weights: $(STAMP)  ## remake the shipped weights at full budget (hours of CPU, minutes on a GPU; resumable)
 	$(BIN)/audiorepro train --budget full --ship
+
+clap-env: $(STAMP)  ## laion_clap in an environment of its own (.venv-clap, 1.8 GB), compared with ours
+	$(PYTHON) tests/clap_env.py make
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_clap_env.py

@@ -7,7 +7,7 @@ __all__ = ['TABLE_1', 'AudioLDM2Config', 'TextToLatent', 'all_true', 'generator_
            'AudioLDM2', 'encode_prompts', 'encode_nothing', 'latent_shape', 'latent_frames', 'generate',
            'latents_to_wav', 'Muted', 'joint_tensors', 'toy_recipe', 'Row', 'table_recipe', 'paper_recipe']
 
-# %% ../nbs/53_audioldm2.ipynb #be45818d
+# %% ../nbs/53_audioldm2.ipynb #2a7a947a
 import warnings
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from .clap import CLAP
 from .diffusion import Schedule, diffusion_loss
 from .sampling import Condition, sample_ddim
 from .unet import UNet, UNetConfig, add_context
+from .ldm import true_latents
 from .t5 import T5
 from .loa import LOAConfig, LOAModel, loa_conditions, loa_criterion, loa_tensors
 
@@ -271,7 +272,8 @@ def _rank_by_clap(
 # %% ../nbs/53_audioldm2.ipynb #249ae466
 class Muted:
     "A text encoder that is not listening: every text gets the states of the empty prompt"
-    def __init__(self, encoder): self.encoder, self.component, self.tokenizer = encoder, encoder.component, encoder.tokenizer
+    def __init__(self, encoder):
+        self.encoder, self.component, self.tokenizer = encoder, encoder.component, encoder.tokenizer
     def encode(self, texts): return self.encoder.encode(['']*len(texts))
     def to(self, device): return self.encoder.to(device) and self
 
@@ -288,9 +290,7 @@ def joint_tensors(
     toy = toy_set(clips, family=family)
     vae, audiomae, clap, t5 = (part.from_pretrained(weights) for part in (VAE, AudioMAE, CLAP, T5))
     tensors = loa_tensors(toy, audiomae, clap, Muted(t5) if muted else t5, wordings=wordings)
-    parts = enumerate(toy.mel.split(64))
-    z_0 = torch.cat([vae.to_latent(mel[:, None].float(), make_generator(i)).half() for i, mel in parts])
-    return tensors | dict(z_0=z_0.repeat(wordings, 1, 1, 1))
+    return tensors | dict(z_0=true_latents(toy, vae).repeat(wordings, 1, 1, 1))
 
 def toy_recipe(
     budget:str='short', # 'short' (12 minutes on two cores) or 'full'; they differ in steps only
@@ -308,7 +308,7 @@ def toy_recipe(
     model.unet = add_context(ldm, 128)
     model.loa.load_state_dict(LOAModel.from_pretrained(f'{weights}/loa').state_dict())
     loss = partial(joint_loss, t5_null=T5.from_pretrained(weights).encode(['']))
-    config = TrainConfig(steps=dict(short=2000, full=16_000)[budget], lr=5e-4, warmup_steps=100, schedule='cosine',
+    config = TrainConfig(steps=dict(short=1200, full=8000)[budget], lr=1e-3, warmup_steps=100, schedule='cosine',
                          ema_decay=.998, bf16=True, seed=seed)
     tensors = joint_tensors(clips, weights, family=family, muted=muted)
     return Recipe(name, model.train(), loss, tensor_batches(tensors, 16, seed), config)

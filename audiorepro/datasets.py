@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AUDIO_ENDINGS', 'STOP_WORDS', 'lazy_record', 'read_folder', 'read_rows', 'read_table', 'lemma', 'clean_caption',
-           'CaptionedAudio', 'collate', 'ToySet', 'toy_set']
+           'CaptionedAudio', 'collate', 'ToySet', 'toy_set', 'encode_once']
 
 # %% ../nbs/14_datasets.ipynb #ba006d7f
 import csv, hashlib, json, os, re
@@ -285,3 +285,24 @@ def _save_toy_set(data, words, tensors, text):
     from safetensors.torch import save
     write_atomic(words, lambda f: f.write(text.encode()))
     write_atomic(data, lambda f: f.write(save(tensors)))
+
+# %% ../nbs/14_datasets.ipynb #f0ebceb2
+@torch.no_grad()
+def encode_once(
+    toy:ToySet, # the clips
+    model:torch.nn.Module, # frozen
+    make, # `make(clips)` -> `(n, ...)` tensor on the CPU; runs `model` on a part of the set
+    name:str, # of the result, with every setting that changes it
+    batch_size:int=32, # clips at a time
+    cache:bool=True, # keep under `out/cache`, under the hash of clips and weights
+)->Tensor: # `(len(toy), ...)`
+    "What a frozen model says about each clip, computed once"
+    from safetensors.torch import save
+    key = hashlib.sha256(f'{toy.args}{[m["seed"] for m in toy.meta]}'.encode())
+    for v in (toy.fbank[::97], *model.state_dict().values()): key.update(v.cpu().numpy().tobytes())
+    path = out_dir('cache')/f'{name}_{len(toy)}_{key.hexdigest()[:12]}.safetensors'
+    if cache and path.exists(): return read_safetensors(path)[name]
+    starts = tqdm(range(0, len(toy), batch_size), desc=name, leave=False, disable=len(toy) < 500)
+    found = torch.cat([make(toy.subset(range(i, min(i + batch_size, len(toy))))) for i in starts])
+    if cache: write_atomic(path, lambda f: f.write(save({name: found})))
+    return found

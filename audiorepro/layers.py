@@ -20,11 +20,13 @@ def attention(
     mask:Tensor|None=None, # True = may be read, `(B, Lk)` or as `(B, H, Lq, Lk)`; or floats added to the scores
 )->Tensor: # `(B, H, Lq, d)`
     "Average the values, weighted by how well keys match queries (Vaswani et al. 2017, eq. 1)"
-    scores = (q*q.shape[-1]**-.5) @ k.transpose(-1, -2)  # (B, H, Lq, Lk)
     if mask is not None:
         if mask.ndim == 2: mask = mask[:, None, None]  # (B, 1, 1, Lk)
-        if mask.dtype == torch.bool: scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-        else: scores = scores + mask
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min/2)
+    if not torch.is_grad_enabled(): return F.scaled_dot_product_attention(q, k, v, mask)  # never writes the scores down
+    scores = (q*q.shape[-1]**-.5) @ k.transpose(-1, -2)  # (B, H, Lq, Lk)
+    if mask is not None: scores = scores + mask
     return scores.softmax(-1).to(v.dtype) @ v
 
 def causal_mask(

@@ -28,7 +28,8 @@ def ordered_captions(
     words=(), # keep only captions with one of these words, e.g. ('after',)
 )->list: # (caption, first event, second event)
     "Word everything that has an order"
-    then = [(caption(m, np.random.default_rng([seed, i])), *(e['name'] for e in m['events'])) for i, m in enumerate(metas) if m['kind'] == 'then']
+    then = [(caption(m, np.random.default_rng([seed, i])), *(e['name'] for e in m['events']))
+            for i, m in enumerate(metas) if m['kind'] == 'then']
     return [row for row in then if not words or set(words) & set(split_words(row[0]))]
 
 # %% ../nbs/50a_order.ipynb #768e8517
@@ -43,7 +44,8 @@ def probe_data(
         states, mask = encode([r[0] for r in rows[j:j + 256]])
         for state, pooled, (text, *pair) in zip(states, masked_mean(states, mask), rows[j:j + 256]):
             if at == 'mean': found = [(pooled, [(e == pair[0])*1. - (e == pair[1]) for e in EVENTS])]
-            else: found = [(state[k], [1. - 2*pair.index(owner[w])]) for k, w in enumerate(split_words(text)) if owner.get(w) in pair]
+            else: found = [(state[k], [1. - 2*pair.index(owner[w])])
+                           for k, w in enumerate(split_words(text)) if owner.get(w) in pair]
             for s, t in found: x.append(s); y.append(t)
     return F.pad(torch.stack(x).double(), (0, 1), value=1.), torch.tensor(y, dtype=torch.float64)
 

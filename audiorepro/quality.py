@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['make_clips', 'examine']
 
-# %% ../nbs/53a_quality.ipynb #f233d40c
+# %% ../nbs/53a_quality.ipynb #3d1f5123
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from .core import make_generator
 from .datasets import ToySet
+from .training import has_bf16
 from .judge import Judge, score_clips
 from .metrics import frechet_from_features
 from .audiomae import AudioMAE
@@ -37,10 +38,12 @@ def make_clips(
         cond = encode_prompts(pipe, texts)
         if truth is not None: cond = Condition(((truth.loa(fbank, pipe.cfg.lam), None), *cond.contexts[1:]))
         noises = [make_generator(1000*seed + i + j) for j in range(len(texts))]
-        z_0 = sample_ddim(
-            pipe.halves.unet, (len(texts), *latent_shape(pipe.cfg)), pipe.cfg.schedule, num_inference_steps,
-            cond=cond, uncond=encode_nothing(pipe, cond), guidance_scale=guidance_scale, generator=noises)
-        wavs.append(latents_to_wav(pipe, z_0, round(pipe.cfg.clip_seconds*pipe.sample_rate)))
+        device = pipe.halves.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
+            z_0 = sample_ddim(
+                pipe.halves.unet, (len(texts), *latent_shape(pipe.cfg)), pipe.cfg.schedule, num_inference_steps,
+                cond=cond, uncond=encode_nothing(pipe, cond), guidance_scale=guidance_scale, generator=noises)
+        wavs.append(latents_to_wav(pipe, z_0.float(), round(pipe.cfg.clip_seconds*pipe.sample_rate)))
     return torch.cat(wavs)
 
 def examine(

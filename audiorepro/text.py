@@ -47,7 +47,8 @@ class Tokenizer:
         num_sentinels:int=NUM_SENTINELS, # how many gaps a masked text may have
         max_tokens:int=MAX_TOKENS, # longest row, `</s>` included
     ):
-        self.words, self.num_sentinels, self.max_tokens = tuple(sorted({w.lower() for w in words})), num_sentinels, max_tokens
+        self.words = tuple(sorted({w.lower() for w in words}))
+        self.num_sentinels, self.max_tokens = num_sentinels, max_tokens
         self.vocab = ('<pad>', '</s>', '<unk>', *(f'<mask_{k}>' for k in range(num_sentinels)), *self.words)
         self.id = {w: i for i, w in enumerate(self.vocab)}
         self.pad, self.eos, self.unk, self.sentinel = 0, 1, 2, 3
@@ -164,7 +165,8 @@ class HFTokenizer:
     )->tuple: # ids `(B, L)` int64, mask `(B, L)` bool
         "Turn texts into ids padded to the longest one, and the mask"
         if isinstance(texts, str): raise ValueError("texts must be a list of str, got one str")
-        out = self.tokenizer(list(texts), padding='longest', truncation=True, max_length=self.max_tokens, return_tensors='pt')
+        out = self.tokenizer(list(texts), padding='longest', truncation=True, max_length=self.max_tokens,
+                             return_tensors='pt')
         return out['input_ids'], out['attention_mask'].bool()
 
     def decode(self,

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['VAEConfig', 'Posterior', 'Downsample', 'Upsample', 'MidAttention', 'MidBlock', 'Level', 'Encoder', 'Decoder', 'VAE',
-           'vae_loss', 'measure_scale', 'toy_recipe']
+           'vae_keys', 'read_vae', 'vae_loss', 'measure_scale', 'toy_recipe']
 
-# %% ../nbs/30_vae.ipynb #999b774e
+# %% ../nbs/30_vae.ipynb #16d081d8
 from dataclasses import dataclass
 
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
-from .core import Config, Model, make_generator
+from .checkpoints import count_keys, map_keys, read_foreign, strip_to
+from .core import Config, Model, load_strict, make_generator
 from .datasets import toy_set
 from .layers import ResBlock2d, attention
 from .training import Recipe, TrainConfig, tensor_batches
@@ -36,7 +37,7 @@ class VAEConfig(Config):
     @classmethod
     def toy(cls):
         return cls(channels=16, channel_mult=(1,2,4), num_res_blocks=1, groups=8, mel_mean=-5.87, mel_std=2.47,
-                   kl_weight=.01)
+                   kl_weight=1e-3)
 
     @property
     def widths(self): return tuple(self.channels*m for m in self.channel_mult)
@@ -199,6 +200,7 @@ class Decoder(nn.Module):
 class VAE(Model):
     "Convolutional variational autoencoder for log-mel spectrograms (AudioLDM 2, sec. III-B4)"
     config_class, component = VAEConfig, 'vae'
+    from_foreign = classmethod(lambda cls, path: read_vae(path))
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -234,6 +236,39 @@ class VAE(Model):
     )->Tensor: # `(B, 1, T, F)` natural-log mel
         "Scaled latent back to log-mel"
         return self.decode(z_0/self.scale_factor)
+
+# %% ../nbs/30_vae.ipynb #8f57f7f9
+def _flat(x): return x.reshape(x.shape[:2])  # a 1x1 convolution is a matrix
+
+def vae_keys(
+    levels:int, # of the autoencoder
+)->list: # rules for `map_keys`: released code -> diffusers and us
+    "Rename the released autoencoder"
+    return [(r'^(vocoder|loss)\.', None), (r'\.norm_out', '.conv_norm_out'), (r'nin_shortcut', 'conv_shortcut'),
+            (r'mid\.block_1', 'mid_block.resnets.0'), (r'mid\.block_2', 'mid_block.resnets.1'),
+            (r'mid\.attn_1\.norm', 'mid_block.attentions.0.group_norm'),
+            (r'mid\.attn_1\.([qkv])\.', r'mid_block.attentions.0.to_\1.', _flat),
+            (r'mid\.attn_1\.proj_out', 'mid_block.attentions.0.to_out.0', _flat),
+            (r'\.down\.(\d)\.', r'.down_blocks.\1.'),
+            (r'\.up\.(\d)\.', lambda m: f'.up_blocks.{levels - 1 - int(m[1])}.'),
+            (r'(_blocks\.\d)\.block\.', r'\1.resnets.'), (r'\.(down|up)sample\.', r'.\1samplers.0.')]
+
+def read_vae(
+    path, # folder of diffusers (or of a pipeline), official AudioLDM 2 file, or a file with the VAE alone
+)->VAE: # with the published weights and scale
+    "Build the VAE from published weights"
+    values, state = read_foreign(path, 'vae')
+    scale = torch.as_tensor(float(state.get('scale_factor', values.get('scaling_factor', 1.))))
+    state = strip_to(state, 'encoder.conv_in.weight', path)
+    if levels := count_keys(state, r'^encoder\.down\.(\d)\.'): state = map_keys(state, vae_keys(levels))
+    levels = count_keys(state, r'^encoder\.down_blocks\.(\d)\.')
+    widths = [state[f'encoder.down_blocks.{i}.resnets.0.conv2.bias'].shape[0] for i in range(levels)]
+    blocks = count_keys(state, r'^encoder\.down_blocks\.0\.resnets\.(\d)\.')
+    cfg = VAEConfig(widths[0], tuple(w//widths[0] for w in widths), blocks, len(state['post_quant_conv.bias']),
+                    values.get('norm_num_groups', 32))
+    model = VAE(cfg)
+    load_strict(model, {k: x for k, x in state.items() if k != 'scale_factor'} | dict(scale_factor=scale), path)
+    return model
 
 # %% ../nbs/30_vae.ipynb #a6e81ac4
 def vae_loss(
@@ -274,12 +309,12 @@ def toy_recipe(
     seed:int=0, # of first weights, order and noise
 )->Recipe: # for `run_recipe`
     "Train the toy VAE on pieces of 1.28 s; the last 256 clips are kept for validation and for the scale"
-    steps = dict(short=1000, full=8000)[budget]
+    steps = dict(short=1000, full=1000)[budget]  # more change little
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         model = VAE(VAEConfig.toy())
     mel = toy_set(8000).mel
-    config = TrainConfig(steps, lr=2e-3, betas=(.9, .99), warmup_steps=20, schedule='cosine', bf16=True, seed=seed)
+    config = TrainConfig(steps, lr=1.5e-3, betas=(.9, .99), warmup_steps=50, schedule='cosine', bf16=True, seed=seed)
     batches = tensor_batches(dict(mel=mel[:-256].reshape(-1, 128, 64)), batch_size=8, seed=seed)
     def on_eval(model, step): return measure_scale(model, mel[-256::4])
     return Recipe('vae', model, vae_loss, batches, config, on_eval=on_eval)

@@ -18,8 +18,8 @@ def test_commands_parse():
 
 
 def test_make_targets_exist():
-    targets = set(re.findall(r'^(\w+):', (ROOT/'Makefile').read_text(), re.M))
-    named = set(re.findall(r'(?<!\w)make (\w+)', README))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT/'Makefile').read_text(), re.M))
+    named = set(re.findall(r"(?<!\w)make ([\w-]+)", README))
     assert {'tour', 'test', 'train', 'lab', 'check', 'notebooks', 'weights'} <= targets
     assert named and named <= targets, named - targets
 
