@@ -341,7 +341,6 @@ def fit(
     ctx = Context(make_generator(0), acc.device, model, rival, steps=cfg.steps)
     losses, t_0, is_gpu = dict(model=loss_fn, rival=rival_loss), time.time() - state.seconds, acc.device.type == 'cuda'
     sources = [ctx.generator, torch.random.default_generator] + [torch.cuda]*is_gpu  # the others feed dropout
-    torch.set_flush_denormal(True)  # moments that fade below 1e-38 would slow a CPU down several times
     with torch.random.fork_rng(devices=[acc.device]*is_gpu), \
          tqdm(total=cfg.steps, initial=state.step, disable=not (progress and acc.is_main_process)) as bar:
         for batch in itertools.islice(batches(state.step), max(0, cfg.steps - state.step)):
@@ -357,7 +356,7 @@ def fit(
             _after_step(state, lr, on_eval, folder)
     if state.step < cfg.steps: raise ValueError(f"batches ended at step {state.step} of {cfg.steps}")
     if state.ema: state.ema.swap()
-    acc.wait_for_everyone(); model.eval(); torch.set_flush_denormal(False)
+    acc.wait_for_everyone(); model.eval()
     return state.history
 
 # %% ../nbs/21_training.ipynb #ee424188
