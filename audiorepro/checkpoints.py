@@ -192,5 +192,6 @@ def convert(
                 plain.write_text(re.sub(r'"([\w.-]+\.bin)"', lambda m: f'"{_plain_name(m[1])}"', file.read_text()))
             elif file.suffix in WEIGHT_FILES[1:]: _write_safetensors(file, plain); done.append(file)
             elif source.is_dir(): shutil.copyfile(file, new)
-    write_atomic_folder(target, write)
+    try: write_atomic_folder(target, write)
+    except OSError as e: raise e.__cause__ if isinstance(e.__cause__, ValueError) else e  # a refusal as it is
     return done
