@@ -293,7 +293,7 @@ def joint_tensors(
     return tensors | dict(z_0=true_latents(toy, vae).repeat(wordings, 1, 1, 1))
 
 def toy_recipe(
-    budget:str='short', # 'short' (12 minutes on two cores) or 'full'; they differ in steps only
+    budget:str='short', # 'short' or 'full'; they differ in steps only
     weights:str='mine', # of the parts trained before
     seed:int=0, # of order, coins and noise
     clips:int=8000, # clips of the toy set
