@@ -267,7 +267,7 @@ def toy_recipe(
     seed:int=0, # of first weights, order and masks
 )->Recipe: # for `run_recipe`
     "Train the toy AudioMAE on sounds alone, without captions or labels"
-    steps = dict(short=800, full=800)[budget]  # more change little
+    steps = dict(short=800, full=800)[budget]  # alike: all that follows reads this LOA
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         model = AudioMAE(AudioMAEConfig.toy())

@@ -292,7 +292,7 @@ class SlotProbe:
 
 # %% ../nbs/52_loa.ipynb #b5708366
 def toy_recipe(
-    budget:str='short', # 'short' (3 minutes on two cores) or 'full'; they differ in steps only
+    budget:str='short', # 'short' or 'full', here alike
     weights:str|None='mine', # of CLAP, T5 and AudioMAE; None = untrained ones, to try the code
     seed:int=0, # of the start, the order and the noise
     clips:int=8000, # clips of the toy set

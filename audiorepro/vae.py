@@ -309,7 +309,7 @@ def toy_recipe(
     seed:int=0, # of first weights, order and noise
 )->Recipe: # for `run_recipe`
     "Train the toy VAE on pieces of 1.28 s; the last 256 clips are kept for validation and for the scale"
-    steps = dict(short=1000, full=1000)[budget]  # more change little
+    steps = dict(short=1000, full=1000)[budget]  # alike: all that follows stands on this VAE
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         model = VAE(VAEConfig.toy())
