@@ -14,19 +14,25 @@ from pathlib import Path
 def say(
     prompt:str, # what to hear
     out:str='out/say.wav', # audio file; the ending picks the format (wav, flac, ogg, mp3)
-    model:str='toy', # 'toy', 'mine' or a folder
+    model:str='toy', # 'toy', 'mine', a folder, or a published system: folder, file or hub id
     seed:int=0, # same seed, same bytes
     guidance_scale:float=3.5, # 1 is no guidance
     steps:int=50, # DDIM steps
     seconds:float|None=None, # None is the length of the training clips
     negative_prompt:str|None=None, # what to move away from
+    candidates:int=1, # sounds to make; the one that CLAP likes best is kept
+    device:str='cpu', # where to work: 'cpu', 'cuda'
+    dtype:str='float32', # of the weights: 'float32', 'bfloat16'
 )->Path: # the written file
     "Turn a prompt into a sound file"
+    import torch
     from audiorepro.audio import save_audio
     from audiorepro.audioldm2 import AudioLDM2
-    pipe = AudioLDM2.from_pretrained(model)
+    if dtype not in ('float32', 'bfloat16'): raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+    if device == 'cuda' and not torch.cuda.is_available(): raise ValueError("device is 'cuda', and this machine has none")
+    pipe = AudioLDM2.from_pretrained(model, device, getattr(torch, dtype))
     wav = pipe(prompt, seed=seed, guidance_scale=guidance_scale, num_inference_steps=steps, audio_length_in_s=seconds,
-               negative_prompt=negative_prompt, progress=True)
+               negative_prompt=negative_prompt, num_waveforms_per_prompt=candidates, progress=True)
     save_audio(out, wav[0], pipe.sample_rate)
     print(f"wrote {out}: {wav.shape[-1]/pipe.sample_rate:.2f} s at {pipe.sample_rate} Hz")
     return Path(out)
@@ -204,11 +210,12 @@ def make_parser()->argparse.ArgumentParser: # of the whole command
         p.set_defaults(run=run)
         for name, kw in options.items():
             p.add_argument(name if kw is None else '--' + name.replace('_', '-'), **(kw or {}))
-    model = dict(default='toy', help="'toy', 'mine' or a folder")
+    model = dict(default='toy', help="'toy', 'mine', a folder or a hub id")
     def number(default=None): return dict(type=float, default=default)
     def whole(default): return dict(type=int, default=default)
     command(say, 'turn a prompt into a sound file', prompt=None, out=dict(default='out/say.wav'), model=model,
-            seed=whole(0), guidance_scale=number(3.5), steps=whole(50), seconds=number(), negative_prompt={})
+            seed=whole(0), guidance_scale=number(3.5), steps=whole(50), seconds=number(), negative_prompt={},
+            candidates=whole(1), device=dict(default='cpu'), dtype=dict(default='float32'))
     command(reconstruct, 'send a recording through mel, VAE and back', source=None,
             out=dict(default='out/reconstruct.wav'), model=model)
     command(convert, 'write pickled weights once more as safetensors', source=None, target=None)

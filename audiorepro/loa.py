@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOAConfig', 'ConditionEmbedder', 'compact', 'LOAModel', 'loa_state', 'official_loa', 'read_loa', 'loa_criterion',
-           'loa_conditions', 'loa_loss', 'true_loa', 'loa_tensors', 'loa_errors', 'SlotProbe', 'toy_recipe']
+           'all_true', 'loa_conditions', 'loa_loss', 'true_loa', 'Muted', 'loa_tensors', 'loa_errors', 'SlotProbe',
+           'toy_recipe']
 
 # %% ../nbs/52_loa.ipynb #31c975d7
 from dataclasses import dataclass
@@ -186,13 +187,19 @@ def loa_criterion(
     "Distance of two LOAs: squared (AudioLDM 2, sec. III-C) or absolute (released code)"
     return F.mse_loss(pred, loa) if loss == 'mse' else F.l1_loss(pred, loa)
 
+def all_true(
+    x:Tensor, # `(B, N, ...)`
+)->Tensor: # `(B, N)` bool
+    "A mask that keeps every position"
+    return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+
 def loa_conditions(
     batch:dict, # `clap` `(B, 1, D)`, `t5` `(B, L, D)`, `t5_mask` `(B, L)`
 )->list: # what `LOAModel` takes
     "CLAP first, then T5 cut to the longest caption of the batch"
     clap, mask = batch['clap'], batch['t5_mask']
-    length, present = int(mask.sum(1).max()), torch.ones(clap.shape[:2], dtype=torch.bool, device=clap.device)
-    return [(clap, present), (batch['t5'][:, :length], mask[:, :length])]
+    length = int(mask.sum(1).max())
+    return [(clap, all_true(clap)), (batch['t5'][:, :length], mask[:, :length])]
 
 def loa_loss(
     model:LOAModel, # trained
@@ -219,7 +226,14 @@ def true_loa(
             return audiomae.loa(clips.fbank[:, None].to(device, torch.float32), lam).half().cpu()
     return encode_once(toy, audiomae, make, f'loa{lam}', batch_size, cache)
 
-# %% ../nbs/52_loa.ipynb #16626e8c
+# %% ../nbs/52_loa.ipynb #d88c6cb4
+class Muted:
+    "A text encoder that is not listening: every text gets the states of the empty prompt"
+    def __init__(self, encoder):
+        self.encoder, self.component, self.tokenizer = encoder, encoder.component, encoder.tokenizer
+    def encode(self, texts): return self.encoder.encode(['']*len(texts))
+    def to(self, device): return self.encoder.to(device) and self
+
 @torch.no_grad()
 def loa_tensors(
     toy:ToySet, # clips with captions

@@ -225,7 +225,7 @@ class UNet(Model):
     )->Tensor: # `(B, C, T, F)`
         "Predict what the schedule asks for"
         contexts, emb = self.pair_contexts(cond), self.embed_time(t, cond.pooled if cond is not None else None)
-        h = self.conv_in(z_t)
+        h = self.conv_in(z_t.to(self.conv_in.weight.dtype))
         skips = [h]
         for level in self.down_blocks:
             for i, res in enumerate(level.resnets):
@@ -239,7 +239,7 @@ class UNet(Model):
                 h = level.attend(res(torch.cat([h, skips.pop()], 1), emb), i, contexts)
             if hasattr(level, 'upsamplers'):
                 h = level.upsamplers[0](F.interpolate(h, size=skips[-1].shape[-2:], mode='nearest'))
-        return self.conv_out(F.silu(self.conv_norm_out(h)))
+        return self.conv_out(F.silu(self.conv_norm_out(h))).to(z_t.dtype)
 
 # %% ../nbs/42_unet.ipynb #1070b8eb
 EMA_KEYS = [ # put the dots back: `input_blocks10transformer_blocks0ffnet2weight` ...
