@@ -114,8 +114,8 @@ class AudioLDM2:
     ):
         if null_loa not in ('zeros', 'generated'):
             raise ValueError(f"null_loa must be 'zeros' or 'generated', got {null_loa!r}")
-        self.halves, self.clap, self.t5, self.vae, self.vocoder, self.null_loa = halves, clap, t5, vae, vocoder, null_loa
-        self.cfg, self.sample_rate = halves.cfg, halves.cfg.mel.sample_rate
+        self.halves, self.clap, self.t5, self.vae, self.vocoder = halves, clap, t5, vae, vocoder
+        self.cfg, self.sample_rate, self.null_loa = halves.cfg, halves.cfg.mel.sample_rate, null_loa
 
     @classmethod
     def from_pretrained(cls,

@@ -7,7 +7,7 @@ __all__ = ['CLAP_KEYS', 'contrastive_loss', 'CLAPConfig', 'AudioTower', 'TextTow
            'clap_loss', 'clap_batches', 'clap_score', 'retrieval', 'toy_recipe', 'tells_order', 'clap_sizes',
            'read_clap', 'HFCLAP']
 
-# %% ../nbs/34_clap.ipynb #5619f99b
+# %% ../nbs/34_clap.ipynb #7eaf71a5
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from .datasets import ToySet, toy_set
 from .layers import TransformerBlock, timestep_embedding
 from .mel import MelConfig, log_mel
 from .sounds import caption, vocabulary
-from .text import HFTokenizer, Tokenizer, masked_mean
+from .text import HFTokenizer, Tokenizer, find_tokenizer, masked_mean
 from .training import Recipe, TrainConfig, tensor_batches
 
 # %% ../nbs/34_clap.ipynb #95b64ee0
@@ -223,7 +223,8 @@ def clap_batches(
         for step, batch in enumerate(by_index(start_step), start_step):
             index, rng = batch['index'].tolist(), np.random.default_rng([seed, step, 34])
             texts = [caption(toy.meta[i], rng) for i in index]
-            yield dict(mel=toy.mel[index].float(), caption=texts) | (dict(swapped=[swap_events(toy.meta[i], rng) for i in index]) if hard else {})
+            swapped = dict(swapped=[swap_events(toy.meta[i], rng) for i in index]) if hard else {}
+            yield dict(mel=toy.mel[index].float(), caption=texts) | swapped
     return batches
 
 # %% ../nbs/34_clap.ipynb #b2f6f65e
@@ -232,7 +233,8 @@ def clap_score(
     text:Tensor, # `(B, D)` embeddings of their captions
 )->Tensor: # `(B,)` cosines in [-1, 1]
     "How well each sound fits its caption (AudioLDM 2, eq. 9)"
-    if audio.shape != text.shape: raise ValueError(f"audio and text must have one shape, got {tuple(audio.shape)} and {tuple(text.shape)}")
+    if audio.shape != text.shape:
+        raise ValueError(f"audio and text must have one shape, got {tuple(audio.shape)} and {tuple(text.shape)}")
     return F.cosine_similarity(audio, text, dim=-1)
 
 # %% ../nbs/34_clap.ipynb #775de9a4
@@ -252,7 +254,7 @@ def toy_recipe(
     budget:str='short', # 'short' (2 CPU-minutes) or 'full'
     weights:str='mine', # not used: CLAP stands on no other model
     seed:int=0, # of weights and order
-    which:str='clap', # 'clap' conditions and filters, 'clap_score' scores: another architecture, seed and half of the data
+    which:str='clap', # 'clap' conditions and filters; 'clap_score' scores: other architecture, seed, half of the data
 )->Recipe: # for `run_recipe`
     "How the two toy CLAPs are trained"
     if which not in ('clap', 'clap_score'): raise ValueError(f"which must be 'clap' or 'clap_score', got {which!r}")
@@ -275,7 +277,8 @@ def tells_order(
     "Does the right order score higher than the swapped one?"
     rng, index = np.random.default_rng([seed, 34]), [i for i, m in enumerate(toy.meta) if m['kind'] == 'then']
     right, wrong = zip(*((caption(toy.meta[i], rng), swap_events(toy.meta[i], rng)) for i in index))
-    with torch.no_grad(): audio = torch.cat([model.encode_audio(toy.mel[index[j:j + 64], None]) for j in range(0, len(index), 64)])
+    with torch.no_grad(): audio = torch.cat([model.encode_audio(toy.mel[index[j:j + 64], None])
+                                             for j in range(0, len(index), 64)])
     won = clap_score(audio, model.embed_text(list(right))) > clap_score(audio, model.embed_text(list(wrong)))
     return dict(accuracy=won.float().mean().item(), count=len(index))
 
@@ -332,7 +335,7 @@ class HFCLAP:
         max_seconds:float=10., # s; longer sounds are cut at the end, never at random
     ):
         from transformers import ClapFeatureExtractor
-        if model.config.audio_config.enable_fusion: raise ValueError("HFCLAP reads CLAPs without fusion (enable_fusion=False)")
+        if model.config.audio_config.enable_fusion: raise ValueError("HFCLAP reads CLAPs with enable_fusion=False only")
         self.model, self.tokenizer = model.eval(), HFTokenizer(tokenizer, max_tokens)
         self.extract = ClapFeatureExtractor(frequency_min=50, frequency_max=14_000, truncation='rand_trunc')
         self.sample_rate, self.max_seconds, self.dim = 48_000, max_seconds, model.config.projection_dim
@@ -343,10 +346,9 @@ class HFCLAP:
         device:str|torch.device='cpu', # where the weights go
     ):
         "Load a published CLAP; a `.pt` brings no tokeniser, so that is read beside it or as `roberta-base`"
-        from transformers import AutoTokenizer
         path = find_weights(name, 'clap')
-        places = [f for f in (path/'tokenizer', path, path.parent) if f.is_dir() and list(f.glob('tokenizer*.json'))]
-        return cls(read_clap(path).to(device), AutoTokenizer.from_pretrained((places + ['roberta-base'])[0]))
+        model = read_clap(path).to(device)
+        return cls(model, find_tokenizer([path/'tokenizer', path, path.parent], 'roberta-base'))
 
     @torch.no_grad()
     def embed_audio(self,
@@ -356,7 +358,8 @@ class HFCLAP:
         "Embed waveforms at 48 kHz: the first `max_seconds`, shorter ones repeated"
         wav = check_wav(wav)[None] if wav.ndim == 1 else check_wav(wav)
         wav = resample(wav.float(), sample_rate, self.sample_rate)[:, :round(self.max_seconds*self.sample_rate)]
-        features = self.extract(list(wav.cpu().numpy()), sampling_rate=self.sample_rate, return_tensors='pt')['input_features']
+        features = self.extract(list(wav.cpu().numpy()), sampling_rate=self.sample_rate,
+                                return_tensors='pt')['input_features']
         out = self.model.get_audio_features(input_features=features.to(self.model.device))
         return F.normalize(getattr(out, 'pooler_output', out), dim=-1)
 

@@ -29,7 +29,7 @@ def say(
     from audiorepro.audio import save_audio
     from audiorepro.audioldm2 import AudioLDM2
     if dtype not in ('float32', 'bfloat16'): raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
-    if device == 'cuda' and not torch.cuda.is_available(): raise ValueError("device is 'cuda', and this machine has none")
+    if device == 'cuda' and not torch.cuda.is_available(): raise ValueError("device 'cuda' is not on this machine")
     pipe = AudioLDM2.from_pretrained(model, device, getattr(torch, dtype))
     wav = pipe(prompt, seed=seed, guidance_scale=guidance_scale, num_inference_steps=steps, audio_length_in_s=seconds,
                negative_prompt=negative_prompt, num_waveforms_per_prompt=candidates, progress=True)

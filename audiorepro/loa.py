@@ -142,7 +142,8 @@ def loa_state(
     gpt2:dict, # tensors of transformers' `GPT2Model`
 )->dict: # tensors for `LOAModel`
     "Names of the diffusers folders `projection_model` and `language_model` -> ours"
-    found = map_keys(projection, [(r'^projection\.', 'projection_0.'), (r'^(sos|eos)_embed$', r'\1_embed_0'),
+    found = map_keys(projection, [(r'^learnable_positional_embedding$', None),  # of the phonemes: lesson 55
+                                  (r'^projection\.', 'projection_0.'), (r'^(sos|eos)_embed$', r'\1_embed_0'),
                                   (r'^projection_(\d)', r'conditions.projections.\1')])
     for k in ('sos', 'eos'):
         rows = sorted(name for name in found if name.startswith(f'{k}_embed_'))

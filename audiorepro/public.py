@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SIZES', 'make_tokenizers', 'shake', 'random_parts', 'random_pipeline', 'read_schedule', 'with_heads', 'text_states',
-           't5_from_official', 'find_pipeline', 'read_pipeline']
+           'find_pipeline', 'read_pipeline']
 
-# %% ../nbs/52a_public.ipynb #1e15cb2d
+# %% ../nbs/52a_public.ipynb #93ec87a2
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +14,12 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
 
-from .checkpoints import count_keys, read_foreign, strip_to
 from .clap import HFCLAP
-from .core import find_weights, load_strict
+from .core import find_weights
 from .diffusion import Schedule
 from .loa import LOAModel
 from .mel import MelConfig
-from .t5 import HFT5, T5, T5Config, encoder_state
+from .t5 import HFT5
 from .unet import UNet
 from .vae import VAE
 from .vocoder import HifiGan
@@ -90,6 +89,7 @@ def shake(
         if 'running_' in name: x.copy_(torch.rand(x.shape) + .5)
     return module.eval()
 
+# %% ../nbs/52a_public.ipynb #b95ebf9d
 def random_parts(
     size:str='tiny', # a key of `SIZES`
     prediction_type:str='epsilon', # of the schedule: 'epsilon' as published, or 'v_prediction'
@@ -107,8 +107,10 @@ def random_parts(
             up_block_types=(*(n.replace('Down', 'Up') for n in attends), 'UpBlock2D'), **s['unet']),
         text_encoder=t.ClapModel(t.ClapConfig(**s['clap'])),
         text_encoder_2=t.T5EncoderModel(t.T5Config(feed_forward_proj='gated-gelu', **s['t5'])),
-        language_model=t.GPT2LMHeadModel(t.GPT2Config(bos_token_id=None, eos_token_id=None, max_new_tokens=8, **s['gpt2'])),
-        projection_model=d.AudioLDM2ProjectionModel(s['clap']['projection_dim'], s['t5']['d_model'], s['gpt2']['n_embd']),
+        language_model=t.GPT2LMHeadModel(t.GPT2Config(
+            bos_token_id=None, eos_token_id=None, max_new_tokens=8, **s['gpt2'])),
+        projection_model=d.AudioLDM2ProjectionModel(
+            s['clap']['projection_dim'], s['t5']['d_model'], s['gpt2']['n_embd']),
         vocoder=t.SpeechT5HifiGan(t.SpeechT5HifiGanConfig(
             sampling_rate=16_000, upsample_rates=[5, 4, 2, 2, 2], upsample_kernel_sizes=[16, 16, 8, 4, 4],
             normalize_before=False, **s['vocoder'])),
@@ -116,6 +118,7 @@ def random_parts(
                                   steps_offset=1, prediction_type=prediction_type),
         feature_extractor=t.ClapFeatureExtractor(frequency_min=50, frequency_max=14_000, truncation='rand_trunc'))
 
+# %% ../nbs/52a_public.ipynb #720bae3a
 def random_pipeline(
     folder:str|Path, # where to save it; made when missing
     size:str='tiny', # a key of `SIZES`
@@ -179,23 +182,7 @@ def text_states(
     more = max(0, (length or 0) - mask.shape[1])
     return F.pad(states, (0, 0, 0, more)), F.pad(mask, (0, more))
 
-# %% ../nbs/52a_public.ipynb #4d872745
-def t5_from_official(
-    path:str|Path, # the authors' file
-)->T5: # the encoder that the T-UNet looks at
-    "Find T5 in the authors' file and read its sizes from the tensors"
-    state = encoder_state(strip_to(read_foreign(path)[1], 'encoder.block.0.layer.0.SelfAttention.q.weight', path))
-    shape = lambda name: state[f'encoder.block.0.layer.{name}.weight'].shape
-    heads = shape('0.SelfAttention.relative_attention_bias')[1]
-    is_gated = 'encoder.block.0.layer.1.DenseReluDense.wi_0.weight' in state
-    width = shape('1.DenseReluDense.wi_0' if is_gated else '1.DenseReluDense.wi')[0]
-    model = T5(T5Config.from_transformers(dict(
-        vocab_size=len(state['shared.weight']), d_model=state['shared.weight'].shape[1], num_heads=heads,
-        d_kv=shape('0.SelfAttention.q')[0]//heads, d_ff=width, feed_forward_proj='gated-gelu' if is_gated else 'relu',
-        num_layers=count_keys(state, r'^encoder\.block\.(\d+)\.'))))
-    load_strict(model, state, path)
-    return model.eval()
-
+# %% ../nbs/52a_public.ipynb #5f64cc89
 def find_pipeline(
     name:str|Path, # what a user asked for
 )->Path|None: # folder or file of a published system; None for the systems of this kit
@@ -212,13 +199,9 @@ def read_pipeline(
     text_padding:str='compact', # 'compact' or 'batch', see `LOAConfig`
 )->dict: # `unet`, `loa`, `clap`, `t5`, `vae`, `vocoder`, `schedule`, `mel`, `clip_seconds`
     "Build every piece of a published AudioLDM 2"
-    if path.is_file():
-        from transformers import AutoTokenizer
-        t5, frames = HFT5(t5_from_official(path), AutoTokenizer.from_pretrained('google/flan-t5-large')), 256
-    else: t5, frames = HFT5.from_pretrained(path), json.loads((path/'unet'/'config.json').read_text())['sample_size']
-    parts = dict(unet=UNet.from_pretrained(path), loa=LOAModel.from_pretrained(path), t5=t5,
-                 clap=HFCLAP.from_pretrained(path), vae=VAE.from_pretrained(path),
-                 vocoder=HifiGan.from_pretrained(path), schedule=read_schedule(path))
+    kinds = dict(unet=UNet, loa=LOAModel, clap=HFCLAP, t5=HFT5, vae=VAE, vocoder=HifiGan)
+    parts = {name: kind.from_pretrained(path) for name, kind in kinds.items()} | dict(schedule=read_schedule(path))
+    frames = 256 if path.is_file() else json.loads((path/'unet'/'config.json').read_text())['sample_size']
     for words in (parts['t5'].tokenizer, parts['clap'].tokenizer):
         if path.is_dir(): words.max_tokens = min(words.tokenizer.model_max_length, 512)  # as the folder says
     if head_layout: parts['unet'] = with_heads(parts['unet'], head_layout)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_CHARS', 'MAX_TOKENS', 'NUM_SENTINELS', 'split_words', 'pad_ids', 'Tokenizer', 'TextEncoder', 'masked_mean',
-           'check_prompt', 'HFTokenizer']
+           'check_prompt', 'find_tokenizer', 'HFTokenizer']
 
 # %% ../nbs/13_text.ipynb #1d96621f
 import json, re, unicodedata, warnings
@@ -140,7 +140,20 @@ def check_prompt(
         warnings.warn(f"the {name} has {len(text)} characters; only the first {MAX_CHARS} are read")
     return text[:MAX_CHARS]
 
-# %% ../nbs/13_text.ipynb #43c7c19d
+# %% ../nbs/13_text.ipynb #504fac51
+def find_tokenizer(
+    places:list, # folders where it may lie, the best first
+    name:str, # hub id of the one to take when none of them holds a tokeniser
+): # tokeniser of transformers
+    "Load the tokeniser beside some weights, or a published one; offline, one line says how to fetch it"
+    from transformers import AutoTokenizer
+    found = [f for f in places if f.is_dir() and (list(f.glob('tokenizer*.json')) or list(f.glob('*.model')))]
+    try: return AutoTokenizer.from_pretrained((found + [name])[0])
+    except OSError as e:
+        raise FileNotFoundError(f"the tokeniser of {name} is not cached and could not be fetched; with a network, "
+                                f"run: hf download {name} --include '*token*' '*.model' '*.txt' '*.json'") from e
+
+# %% ../nbs/13_text.ipynb #7b54f2f7
 class HFTokenizer:
     "A tokeniser of transformers that answers like ours"
     def __init__(self,

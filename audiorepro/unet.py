@@ -181,7 +181,8 @@ class UNet(Model):
         ch, n, time_dim = cfg.channels, cfg.layers_per_block, 4*cfg.channels[0]
         last, heads = len(ch) - 1, [cfg.heads(l) if l in cfg.attention_levels else None for l in range(len(ch))]
         self.time_embedding = nn.Module()
-        self.time_embedding.linear_1, self.time_embedding.linear_2 = nn.Linear(ch[0], time_dim), nn.Linear(time_dim, time_dim)
+        self.time_embedding.linear_1, self.time_embedding.linear_2 = nn.Linear(ch[0], time_dim), nn.Linear(time_dim,
+            time_dim)
         if cfg.pooled_dim: self.class_embedding = nn.Linear(cfg.pooled_dim, time_dim)
         emb = time_dim*(2 if cfg.pooled_dim else 1)
         self.conv_in = nn.Conv2d(cfg.in_channels, ch[0], 3, padding=1)

@@ -234,10 +234,11 @@ def test_gpt2(layout, tmp_path, monkeypatch):
 
 class Translator(torch.nn.Module):
     "The two modules of diffusers as one, fed back as its pipeline does"
-    def __init__(self):
+    def __init__(self, is_speech=False):
         from diffusers.pipelines.audioldm2.modeling_audioldm2 import AudioLDM2ProjectionModel
         super().__init__()
-        self.projection, self.language = randomise(AudioLDM2ProjectionModel(8, 12, 128), 3), gpt2_reference()
+        options = dict(use_learned_position_embedding=True, max_seq_length=5) if is_speech else {}
+        self.projection, self.language = randomise(AudioLDM2ProjectionModel(8, 12, 128, **options), 3), gpt2_reference()
 
     def forward(self, clap, t5, mask):
         found = self.projection(clap, t5, torch.ones(clap.shape[:2]).long(), mask.long())
@@ -257,10 +258,11 @@ def official_translator(model):
     return below('cond_stage_models.0', tables | lines | inner | below('model', model.language.state_dict()))
 
 
-@pytest.mark.parametrize('layout', ['pipeline', 'official'])
+@pytest.mark.parametrize('layout', ['pipeline', 'speech', 'official'])
 def test_loa(layout, tmp_path):
-    theirs = Translator()
-    if layout == 'pipeline':
+    theirs, positions = Translator(layout == 'speech'), 0.
+    if layout == 'speech': positions = theirs.projection.learnable_positional_embedding.data.mT  # of the phoneme encoder, with us
+    if layout != 'official':
         theirs.language.config.max_new_tokens = 6
         for name in ('projection', 'language'): folder_of(tmp_path/f'{name}_model', getattr(theirs, name))
         (tmp_path/'model_index.json').write_text('{}')
@@ -268,9 +270,9 @@ def test_loa(layout, tmp_path):
     else: path = save_pth(tmp_path/'full.pth', official_translator(theirs))
     clap, t5, mask = randn(1, 1, 8), randn(1, 5, 12, seed=1), torch.ones(1, 5, dtype=torch.bool)
     equal(lambda dtype: LOAModel.from_pretrained(path, dtype=dtype), theirs,
-          lambda m: m.generate([(clap.to(m.conditions.sos), mask[:, :1]), (t5.to(m.conditions.sos), mask)], 4),
+          lambda m: m.generate([(clap.to(m.conditions.sos), mask[:, :1]), ((t5 + positions).to(m.conditions.sos), mask)], 4),
           lambda m: m(clap.to(m.language.dtype), t5.to(m.language.dtype), mask))
-    assert LOAModel.from_pretrained(path).cfg.num_tokens == (6 if layout == 'pipeline' else 8)
+    assert LOAModel.from_pretrained(path).cfg.num_tokens == (8 if layout == 'official' else 6)
 
 
 # --- AudioMAE -------------------------------------------------------------------------------------------------------
@@ -391,7 +393,8 @@ def test_clap_behind_its_own_names(tmp_path):
     assert torch.equal(a, b) and a.shape == (1, 16)
 
 
-@pytest.mark.parametrize('act, layout', [('gated-gelu', 'whole'), ('relu', 'encoder'), ('relu', 'pipeline'), ('gated-gelu', 'shards'), ('gated-gelu', 'bin')])
+@pytest.mark.parametrize('act, layout', [('gated-gelu', 'whole'), ('relu', 'encoder'), ('relu', 'pipeline'), ('gated-gelu', 'shards'), ('gated-gelu', 'bin'),
+                                         ('gated-gelu', 'official'), ('gated-gelu', 'tango'), ('relu', 'tango')])
 def test_t5(act, layout, tmp_path):
     from transformers import T5Config, T5EncoderModel, T5ForConditionalGeneration
     kind = T5ForConditionalGeneration if layout == 'whole' else T5EncoderModel
@@ -401,6 +404,14 @@ def test_t5(act, layout, tmp_path):
     if layout == 'bin':
         torch.save(theirs.state_dict(), path/'pytorch_model.bin')
         (path/'model.safetensors').unlink()
+    if layout == 'official':
+        path = save_pth(tmp_path/'full.pth', below('cond_stage_models.1.model', theirs.state_dict()) | {'betas': torch.ones(9)}
+                        | below('cond_stage_models.0.cond_stage_models.1.model', theirs.state_dict()))
+    if layout == 'tango':
+        path = tmp_path/'tango'
+        path.mkdir()
+        torch.save(below('text_encoder', theirs.state_dict()) | {'unet.conv_in.bias': torch.ones(4)}, path/'pytorch_model_main.bin')
+        (path/'main_config.json').write_text('{}')
     (tmp_path/'model_index.json').write_text('{}')
     ids, mask = torch.randint(3, 50, (2, 9), generator=make_generator(2)), torch.arange(9) < torch.tensor([[9], [4]])
     encoder = theirs.encoder

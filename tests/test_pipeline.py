@@ -10,6 +10,7 @@ import torch
 from audiorepro import cli, public
 from audiorepro.audioldm2 import AudioLDM2, encode_nothing, encode_prompts, latent_shape
 from audiorepro.audio import load_audio
+from audiorepro.checkpoints import read_foreign
 from audiorepro.core import make_generator
 from audiorepro.public import find_pipeline, random_pipeline, read_schedule
 from audiorepro.sampling import Condition, sample_ddim
@@ -99,7 +100,7 @@ def test_gpt2_without_its_head(both, tmp_path):
     shutil.copytree(folder, tmp_path/'plain')
     shutil.rmtree(tmp_path/'plain'/'language_model')
     theirs.language_model.transformer.save_pretrained(tmp_path/'plain'/'language_model')
-    assert 'wpe.weight' in public.read_foreign(tmp_path/'plain'/'language_model')[1]  # no `transformer.` prefix
+    assert 'wpe.weight' in read_foreign(tmp_path/'plain'/'language_model')[1]  # no `transformer.` prefix
     a, b = (encode_prompts(p, PROMPTS).contexts[0][0] for p in (ours, AudioLDM2.from_pretrained(tmp_path/'plain', **DIFFUSERS)))
     assert torch.equal(a, b)
 
