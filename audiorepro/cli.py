@@ -161,7 +161,7 @@ def train_wave(
 
 # %% ../nbs/93_cli.ipynb #12ef5b7f
 def train(
-    budget:str='short', # 'short' (planned: 35 minutes on 2 free cores) or 'full' (hours)
+    budget:str='short', # 'short' (29 minutes measured on 2 free cores) or 'full' (hours)
     only:str|None=None, # one part instead of all
     fresh:bool=False, # forget earlier runs of these parts
     ship:bool=False, # train the examiners too and copy everything into the package

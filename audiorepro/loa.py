@@ -233,7 +233,7 @@ class Muted:
     def __init__(self, encoder):
         self.encoder, self.component, self.tokenizer = encoder, encoder.component, encoder.tokenizer
     def encode(self, texts): return self.encoder.encode(['']*len(texts))
-    def to(self, device): return self.encoder.to(device) and self
+    def to(self, **where): return self.encoder.to(**where) and self
 
 @torch.no_grad()
 def loa_tensors(

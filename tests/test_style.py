@@ -5,6 +5,7 @@ import ast, importlib.util, io, json, re, subprocess, sys, tokenize
 from collections import Counter
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,8 +177,8 @@ def long_modules(package):
     return [f'{n} has {k} lines, stop at {MODULE_LINES}' for n, k in sizes.items() if k > MODULE_LINES]
 
 
-def ruff(package):
-    made = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--isolated', '--no-cache', '--select', 'F', '--ignore', 'F401,F403,F405,F541',
+def ruff(package, select='F'):
+    made = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--isolated', '--no-cache', '--select', select, '--ignore', 'F401,F403,F405,F541',
                            '--output-format', 'concise', str(package)], capture_output=True, text=True)
     assert made.returncode in (0, 1), made.stderr
     return [line for line in made.stdout.split('\n') if re.search(r': F\d+|: E\d+|invalid-syntax', line)]
@@ -240,6 +241,7 @@ def test_no_module_twice(): check(duplicate_default_exp(all_lessons()))
 def test_each_module_has_a_notebook(): check(modules_without_notebook(PACKAGE, all_lessons()))
 def test_modules_are_short(): check(long_modules(PACKAGE))
 def test_no_undefined_names(): check(ruff(PACKAGE))
+def test_no_undefined_names_in_lessons(): check(ruff(NBS, 'F821'))  # gated cells included
 def test_notebooks_are_small(): check(big_files(LESSONS, NOTEBOOK_KB))
 def test_figures_are_small(): check(big_files(sorted(FIGURES.glob('*.png')), FIGURE_KB))
 def test_outputs_belong_to_the_code(): check([f'{s}: outputs are older than the code' for s in lessons.stale()])
@@ -327,6 +329,9 @@ def test_undefined_name_fails(tmp_path):
     assert ruff(tmp_path)
     (tmp_path/'bad.py').write_text('def collate(b, bs): return b[:bs]\n')
     assert not ruff(tmp_path)
+    gated = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('if 1 > 2: print(steps)')])
+    nbformat.write(gated, tmp_path/'gated.ipynb')
+    assert ruff(tmp_path, 'F821')
 
 
 def test_long_module_and_big_file_fail(tmp_path):
