@@ -8,20 +8,17 @@ import numpy as np
 import torch
 
 from audiorepro.core import make_generator
+from audiorepro.public import shake
 
 
 def randn(*shape, seed=0): return torch.randn(*shape, generator=make_generator(seed), dtype=torch.float64)
 
 
 def randomise(module, seed=0):
-    "Random weights of unit gain in float32, also where zeros or ones would hide a mistake"
-    g = make_generator(seed)
-    for p in module.parameters():
-        noise = torch.randn(p.shape, generator=g)
-        p.data = noise*p[0].numel()**-.5 if p.ndim > 1 else p.data.mean() + .1*noise
-    for name, x in module.named_buffers():
-        if 'running_' in name: x.copy_(torch.rand(x.shape, generator=g) + .5)
-    return module.eval()
+    "`shake` from a seed of its own"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return shake(module)
 
 
 def save_pth(path, state, key='state_dict'):

@@ -1,8 +1,8 @@
 """Work on the lessons: execute them and keep their outputs, and tell which are out of step.
 
-    python tests/lessons.py run            # every lesson, each in a fresh kernel
+    python tests/lessons.py run            # every lesson and solution, each in a fresh kernel
     python tests/lessons.py run 12 33      # these numbers only
-    python tests/lessons.py stale          # lessons whose outputs are older than their code
+    python tests/lessons.py stale          # those whose outputs are older than their code
     python tests/lessons.py exercises      # make nbs/exercises from nbs/solutions
     python tests/lessons.py exercises --check  # only tell whether they are in step
 """
@@ -16,12 +16,15 @@ NOISE = re.compile(r'0x[0-9a-f]{6,}')
 
 
 def lessons(numbers=()):
-    "Paths of the lessons in teaching order, or only of those whose file name starts with one of `numbers`"
-    paths = sorted(p for p in NBS.glob('*.ipynb') if not p.name.startswith('_'))
+    "Lessons and solutions in teaching order, or only those whose file name starts with one of `numbers`"
+    paths = [p for folder in (NBS, NBS/'solutions') for p in sorted(folder.glob('*.ipynb')) if not p.name.startswith('_')]
     if not numbers: return paths
     chosen = [p for p in paths if any(p.name == f'{n}.ipynb' or p.stem == n or p.name.startswith(f'{n}_') for n in numbers)]
     if not chosen: raise SystemExit(f'no lesson starts with any of {list(numbers)}')
     return chosen
+
+
+def key(path): return path.relative_to(NBS).with_suffix('').as_posix()  # '12_mel', 'solutions/12_mel'
 
 
 def code_hash(path):
@@ -36,14 +39,14 @@ def record_hash(path):
     with open(Path(tempfile.gettempdir())/'audiorepro-outputs.lock', 'w') as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         known = json.loads(HASHES.read_text()) if HASHES.exists() else {}
-        known[path.stem] = code_hash(path)
+        known[key(path)] = code_hash(path)
         HASHES.write_text(json.dumps(dict(sorted(known.items())), indent=1) + '\n')
 
 
 def stale():
     "Lessons whose kept outputs do not belong to their present code"
     known = json.loads(HASHES.read_text()) if HASHES.exists() else {}
-    return [p.stem for p in lessons() if known.get(p.stem) != code_hash(p)]
+    return [key(p) for p in lessons() if known.get(key(p)) != code_hash(p)]
 
 
 def anonymous(text):
@@ -135,7 +138,7 @@ def main():
         if late: raise SystemExit(f"outputs older than code: {', '.join(late)}; run `make notebooks`")
         return print('all outputs belong to the present code')
     for path in lessons(args.numbers):
-        print(f'{path.stem}: {execute(path):.1f} s', flush=True)
+        print(f'{key(path)}: {execute(path):.1f} s', flush=True)
 
 
 if __name__ == '__main__': main()
