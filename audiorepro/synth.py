@@ -57,100 +57,101 @@ def _decay(t, attack, decay): return np.minimum(t/attack, 1)*np.exp(-t/decay)
 def _hump(t): return np.sin(np.pi*np.arange(len(t))/len(t))
 
 # %% ../nbs/10a_synth.ipynb #75767cdc
-def _repeat(n, rate, make, rng, jitter=.06):
-    "Place `make(i)` about `rate` times a second"
+def _repeat(n, rate, make, rng, jitter=.06, marks=None):
+    "Place `make(i)` about `rate` times a second; `marks` collects the onsets in s"
     out, at, i = np.zeros(n), rng.uniform(0, .04)*SAMPLE_RATE, 0
     while i == 0 or at < n - .05*SAMPLE_RATE:
         part = make(i)[:n - int(at)]
         out[int(at):int(at) + len(part)] += part
+        if marks is not None: marks.append(int(at)/SAMPLE_RATE)
         at, i = at + SAMPLE_RATE/rate*rng.uniform(1 - jitter, 1 + jitter), i + 1
     return out
 
 # %% ../nbs/10a_synth.ipynb #f4607d0f
-def _siren(n, p, s, rng):
+def _siren(n, p, s, rng, marks):
     t = np.arange(n)/SAMPLE_RATE
     f = 900*p*2**(.45*np.sin(2*np.pi*(.5*s*t + rng.uniform())))
     return _tone(f, (1, .4, .25, .1))
 
-def _bell(n, p, s, rng):
+def _bell(n, p, s, rng, marks):
     t, f = _time(1.6), 750*p
     strike = sum(a*_decay(t, .003, d)*np.sin(2*np.pi*f*r*t)
                  for r, a, d in ((1, 1, .7), (2, .5, .5), (2.76, .7, .35), (5.4, .4, .15)) if f*r < 7800)
-    return _repeat(n, rng.uniform(.95, 1.15), lambda i: strike, rng)
+    return _repeat(n, rng.uniform(.95, 1.15), lambda i: strike, rng, marks=marks)
 
-def _dog(n, p, s, rng):
+def _dog(n, p, s, rng, marks):
     def bark(i):
         t = _time(rng.uniform(.13, .16))
         tone = _tone(330*p*(.8 + .4*_hump(t))*rng.uniform(.97, 1.03), (.5, 1, .9, .5, .3, .2, .1))
         return (tone + .5*_band(len(t), 400*p, 3000, rng))*np.minimum(t/.012, 1)*_hump(t)**.5
-    return _repeat(n, .85*s, bark, rng)
+    return _repeat(n, .85*s, bark, rng, marks=marks)
 
 # %% ../nbs/10a_synth.ipynb #e1243273
-def _rain(n, p, s, rng):
+def _rain(n, p, s, rng, marks):
     t = _time(.02)
     drops = (rng.random(n) < 300/SAMPLE_RATE)*rng.exponential(1, n)
     ring = np.exp(-t/.0012)*np.sin(2*np.pi*rng.uniform(2500, 3500)*t)
     return _band(n, 1500, 9000, rng) + .8*lfilter(ring, 1, drops)
 
-def _wind(n, p, s, rng):
+def _wind(n, p, s, rng, marks):
     t, swell = np.arange(n)/SAMPLE_RATE, 0
     for rate in (.5, .9, 1.7): swell = swell + rng.uniform(.5, 1)*np.sin(2*np.pi*(rate*t + rng.uniform()))
     up = 1/(1 + np.exp(-2*swell))
     return (1 - .6*up)*_band(n, 60, 250, rng) + up*_band(n, 250, 600, rng)
 
-def _engine(n, p, s, rng):
+def _engine(n, p, s, rng, marks):
     t = np.arange(n)/SAMPLE_RATE
     f = 70*p*(1 + .02*np.sin(2*np.pi*(rng.uniform(1, 2)*t + rng.uniform())))
     amps = [1/(1 + ((70*k - 420)/280)**2) + .4/k for k in range(1, 25)]
     return (_tone(f, amps) + 2*_band(n, 60*p, 900*p, rng))*(1 + .5*_tone(f/2, (1,)))
 
 # %% ../nbs/10a_synth.ipynb #9ad0896b
-def _clock(n, p, s, rng):
+def _clock(n, p, s, rng, marks):
     t, f = _time(.06), rng.uniform(2200, 2600)
     def tick(i):
         g = f*(1, .8)[i % 2]
         return np.exp(-t/.008)*np.sin(2*np.pi*g*t) + .7*np.exp(-t/.005)*np.sin(2*np.pi*1.9*g*t)
-    return _repeat(n, s, tick, rng, .02)
+    return _repeat(n, s, tick, rng, .02, marks)
 
-def _footsteps(n, p, s, rng):
+def _footsteps(n, p, s, rng, marks):
     t, toe = _time(.16), int(.07*SAMPLE_RATE)
     def step(i):
-        x = 3*_band(len(t), 80, 350, rng)*_decay(t, .004, .025)
-        x[toe:] += .8*_band(len(t) - toe, 700, 2500, rng)*_decay(t[:len(t) - toe], .01, .02)
+        x = 3*_band(len(t), 80, 350, rng)*_decay(t, .004, .035)
+        x[toe:] += .45*_band(len(t) - toe, 700, 2500, rng)*_decay(t[:len(t) - toe], .01, .02)
         return x*rng.uniform(.85, 1.15)
-    return _repeat(n, .8*s, step, rng)
+    return _repeat(n, .8*s, step, rng, marks=marks)
 
-def _drum(n, p, s, rng):
+def _drum(n, p, s, rng, marks):
     t = _time(.3)
     def hit(i):
         return (_tone(75 + 110*np.exp(-t/.03), (1, .3))*_decay(t, .003, .09)
                 + .3*_band(len(t), 300, 2500, rng)*_decay(t, .002, .012))*rng.uniform(.8, 1.2)
-    return _repeat(n, s, hit, rng, .03)
+    return _repeat(n, s, hit, rng, .03, marks)
 
 # %% ../nbs/10a_synth.ipynb #57ed086f
-def _bird(n, p, s, rng):
+def _bird(n, p, s, rng, marks):
     bend = rng.choice((-.35, .35))
     def note(i):
         t = _time(min(.16, .6/s))
         f = 3100*p*2**(bend*(2*_hump(t) - 1) + .08*np.sin(2*np.pi*28*t))
         return _tone(f, (1, .1))*_hump(t)
-    return _repeat(n, s, note, rng, .12)
+    return _repeat(n, s, note, rng, .12, marks)
 
-def _beeps(n, p, s, rng):
+def _beeps(n, p, s, rng, marks):
     t = _time(min(.16, .5/s))
     edge = np.minimum(1, np.minimum(t, t[-1] - t)/.006)
     beep = _tone(np.full(len(t), 1000*p), (1, 0, .3, 0, .1))*edge
-    return _repeat(n, s, lambda i: beep, rng, .01)
+    return _repeat(n, s, lambda i: beep, rng, .01, marks)
 
-def _drops(n, p, s, rng):
+def _drops(n, p, s, rng, marks):
     def drop(i):
         t = _time(.11)
         f = rng.uniform(550, 850)*(1 + 1.6*np.minimum(t/.05, 1)**2)
         return _tone(f, (1, .15))*_decay(t, .004, .03)*rng.uniform(.7, 1.3)
-    return _repeat(n, s, drop, rng, .2)
+    return _repeat(n, s, drop, rng, .2, marks)
 
 # %% ../nbs/10a_synth.ipynb #3d0eaf7f
-def _strings(n, p, s, rng):
+def _strings(n, p, s, rng, marks):
     def pluck(i):
         length = round(SAMPLE_RATE/(330*p*2**(rng.choice((-2, 0, 3))/12)) - .5)
         burst = np.zeros(int(.7*SAMPLE_RATE))
@@ -158,18 +159,18 @@ def _strings(n, p, s, rng):
         loop = np.zeros(length + 2)
         loop[0], loop[length:] = 1, -.498
         return lfilter([1], loop, burst)*np.exp(-np.arange(len(burst))/(.3*SAMPLE_RATE))
-    return _repeat(n, s, pluck, rng, .04)
+    return _repeat(n, s, pluck, rng, .04, marks)
 
-def _applause(n, p, s, rng):
+def _applause(n, p, s, rng, marks):
     t = _time(.04)
-    hits = (rng.random(n) < 45/SAMPLE_RATE)*rng.uniform(.3, 1.5, n)
-    clap = _band(len(t), 900, 2200, rng)*_decay(t, .002, .009)
-    return lfilter(clap, 1, hits) + .04*_band(n, 700, 2500, rng)
+    hits = (rng.random(n) < 110/SAMPLE_RATE)*rng.uniform(.3, 1.5, n)
+    clap = _band(len(t), 1000, 5000, rng)*_decay(t, .002, .009)
+    return lfilter(clap, 1, hits) + .1*_band(n, 1000, 7000, rng)
 
-def _crickets(n, p, s, rng):
+def _crickets(n, p, s, rng, marks):
     f, t = rng.uniform(4300, 4900), _time(.09)
     chirp = np.sin(2*np.pi*f*t)*np.sin(np.pi*t/.03)**2
-    return _repeat(n, s, lambda i: chirp, rng, .02) + .02*_band(n, 3500, 5500, rng)
+    return _repeat(n, s, lambda i: chirp, rng, .02, marks) + .02*_band(n, 3500, 5500, rng)
 
 # %% ../nbs/10a_synth.ipynb #58d93b3a
 # symbol: formant frequencies in Hz (vowels, nasals and l), or the band of the noise in Hz (fricatives and bursts)
@@ -212,7 +213,7 @@ def _speak(phonemes, f0, scale, rng, stretch=1.):
     return out
 
 # %% ../nbs/10a_synth.ipynb #dbe2fde7
-def _babble(n, p, s, rng):
+def _babble(n, p, s, rng, marks):
     out = np.zeros(n)
     for shift in (1, 1.15):
         count = int(n/SAMPLE_RATE/.2) + 1
@@ -241,6 +242,7 @@ def render_event(
     *,
     duration:float=CLIP_SECONDS, # s, at least 0.2
     rng:np.random.Generator, # all that is random about the sound
+    marks:list|None=None, # collects the onsets in s: of each bark, tick or note; a steady sound has one, at 0
 )->np.ndarray: # `(samples,)` float64, 16 kHz, faded at both ends
     "Synthesise one sound event"
     if name not in _RENDER: raise ValueError(f"name must be one of {', '.join(EVENTS)}, got {name!r}")
@@ -250,13 +252,16 @@ def render_event(
             raise ValueError(f"{key} of {name} must be None{rule}, got {value!r}")
     if duration < .2: raise ValueError(f"duration must be at least 0.2 s, got {duration}")
     p, s = _PITCH[pitch]*rng.uniform(.93, 1.07), _SPEED[speed]*rng.uniform(.93, 1.07)
-    x = _RENDER[name](round(duration*SAMPLE_RATE), p, s, rng)
+    found = []
+    x = _RENDER[name](round(duration*SAMPLE_RATE), p, s, rng, found)
+    if marks is not None: marks += found or [0.]
     return _fade(_at_level(x, _LEVEL[loudness] + rng.uniform(-1, 1)))
 
 # %% ../nbs/10a_synth.ipynb #00a0fe20
 INSTRUMENTS, TEMPOS = ('piano', 'flute', 'violin', 'organ'), ('slow', 'medium', 'fast')
 MODES, REGISTERS = ('major', 'minor'), ('low', 'high')
-_NOTE_RATE = dict(slow=1.7, medium=3.2, fast=6.)  # notes per second
+_NOTE_RATE = dict(slow=1.5, medium=2.7, fast=4.86)  # notes per second, a factor of 1.8 apart
+_TONIC = dict(low=233., high=932.)                     # Hz, moved by up to two semitones
 _SCALE = dict(major=(0, 2, 4, 5, 7, 9, 11, 12), minor=(0, 2, 3, 5, 7, 8, 10, 12))
 
 # %% ../nbs/10a_synth.ipynb #28c95df8
@@ -268,35 +273,43 @@ def _note(instrument, freq, seconds, rng):
     if instrument == 'piano': return _tone(f, [1/k**1.3 for k in range(1, 9)])*_decay(t, .004, .25)*release
     if instrument == 'flute':
         x = _tone(f*(1 + .006*np.sin(2*np.pi*5.5*t)), (1, .15, .05)) + .04*_band(len(t), freq, 4000, rng)
-        return x*np.minimum(t/.07, 1)*release
+        return x*np.minimum(t/.04, 1)*release
     if instrument == 'violin':
-        return _tone(f*(1 + .012*np.sin(2*np.pi*6*t)), [1/k**.8 for k in range(1, 16)])*np.minimum(t/.05, 1)*release
+        return _tone(f*(1 + .012*np.sin(2*np.pi*6*t)), [1/k**.8 for k in range(1, 16)])*np.minimum(t/.035, 1)*release
     return _tone(f, (1, .8, 0, .6, 0, 0, 0, .4))*np.minimum(t/.008, 1)*release
 
 # %% ../nbs/10a_synth.ipynb #6edf54e7
+def _tune(count, rng):
+    "Places on the scale, 0 to 7: tonic, third and fifth first, then steps and small leaps"
+    places = [0, *rng.permutation((2, 4))]
+    while len(places) < count: places.append(int(np.clip(places[-1] + rng.choice((-2, -1, 1, 2)), 0, 7)))
+    return places[:count]
+
 def render_melody(
     instrument:str, # one of `INSTRUMENTS`
     tempo:str, # one of `TEMPOS`
     mode:str, # one of `MODES`
     register:str, # one of `REGISTERS`
     *,
-    duration:float=CLIP_SECONDS, # s
-    rng:np.random.Generator, # key, steps of the tune, level
+    duration:float=CLIP_SECONDS, # s, at least 2.4
+    rng:np.random.Generator, # beginning, key, tune, level
+    marks:list|None=None, # collects the onsets of the notes in s
 )->np.ndarray: # `(samples,)` float64, 16 kHz
-    "Play a tune that walks along the scale, above its soft tonic triad"
+    "Play a tune that walks along the scale, each note above its soft tonic triad"
     for key, value, known in (('instrument', instrument, INSTRUMENTS), ('tempo', tempo, TEMPOS),
                               ('mode', mode, MODES), ('register', register, REGISTERS)):
         if value not in known: raise ValueError(f"{key} must be one of {known}, got {value!r}")
-    n, rate = round(duration*SAMPLE_RATE), _NOTE_RATE[tempo]*rng.uniform(.94, 1.06)
-    tonic, scale = (175, 700)[register == 'high']*2**(rng.integers(-2, 3)/12), _SCALE[mode]
-    out, place = np.zeros(n), 0
-    for i in range(int(duration*rate)):
-        at = int(i/rate*SAMPLE_RATE)
-        note = _note(instrument, tonic*2**(scale[place]/12), min(1/rate + .02, duration - i/rate), rng)
-        out[at:at + len(note)] += note[:n - at]
-        place = int(np.clip(place + rng.choice((-2, -1, 1, 2, 2)), 0, 7))
-    triad = sum(_note(instrument, tonic*2**(scale[d]/12), duration, rng) for d in (0, 2, 4))[:n]
-    out[:len(triad)] += .15*triad
+    if duration < 2.4: raise ValueError(f"duration must be at least 2.4 s, got {duration}")
+    out, start = np.zeros(round(duration*SAMPLE_RATE)), rng.uniform(.02, .3)
+    rate, tonic = _NOTE_RATE[tempo]*rng.uniform(.95, 1.05), _TONIC[register]*2**(rng.integers(-2, 3)/12)
+    places = _tune(int((duration - start)*rate + .4), rng)
+    def note(place): return _note(instrument, tonic*2**(_SCALE[mode][place]/12), .6/rate, rng)
+    triad = .3*sum(note(d) for d in (0, 2, 4))
+    notes = {place: note(place) + triad for place in sorted(set(places))}
+    for i, place in enumerate(places):
+        at = int((start + i/rate)*SAMPLE_RATE)
+        out[at:at + len(triad)] += notes[place][:len(out) - at]
+        if marks is not None: marks.append(at/SAMPLE_RATE)
     return _fade(_at_level(out, -22 + rng.uniform(-2, 2)))
 
 # %% ../nbs/10a_synth.ipynb #60975f10
@@ -305,10 +318,14 @@ def render_speech(
     speaker:str, # 'low' or 'high'
     *,
     rng:np.random.Generator, # pitch contour and level
+    marks:list|None=None, # collects the onsets of the phonemes in s
 )->np.ndarray: # `(samples,)` float64, 16 kHz; as long as the phonemes take
     "Speak phonemes with three formants"
     if unknown := set(phonemes) - set(PHONEMES):
         raise ValueError(f"phonemes holds {sorted(unknown)}; known are {PHONEMES}")
     if speaker not in ('low', 'high'): raise ValueError(f"speaker must be 'low' or 'high', got {speaker!r}")
+    if marks is not None:
+        lengths = [int(1.3*_phoneme_seconds(p)*SAMPLE_RATE) for p in phonemes]
+        marks += [int(n)/SAMPLE_RATE for n in np.cumsum([0, *lengths[:-1]])]
     f0, scale = dict(low=(105, 1.), high=(220, 1.17))[speaker]
     return _fade(_at_level(_speak(phonemes, f0*rng.uniform(.94, 1.06), scale, rng, 1.3), -20 + rng.uniform(-2, 2)))
