@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .core import Config, Model, make_generator
+from .audio import turn_down
 from .mel import FbankConfig, MelConfig, audiomae_input, griffin_lim, log_mel
 from .text import Tokenizer, check_prompt
 from .datasets import CaptionedAudio, collate, toy_set
@@ -78,8 +79,7 @@ def null_condition(
     contexts:tuple, # of the T-UNet's config
 )->Condition: # the condition that says nothing: zeros for the LOA, the encoding of "" for T5
     "Empty condition for classifier-free guidance (AudioLDM 2, sec. III-D2)"
-    states, mask = (x.expand(len(loa), *x.shape[1:]) for x in t5_null)
-    return generator_condition(torch.zeros_like(loa), (states, mask), contexts)
+    return generator_condition(torch.zeros_like(loa), tuple(x.expand(len(loa), *x.shape[1:]) for x in t5_null), contexts)
 
 # %% ../nbs/53_audioldm2.ipynb #d2bd68d7
 def joint_loss(
@@ -89,6 +89,7 @@ def joint_loss(
     t5_null:tuple, # T5 states and mask of the empty prompt, batch 1
     p_gt:float=.25, # chance that the T-UNet of this batch sees the true LOA
     cond_drop_prob:float=.1, # chance that this batch sees no condition at all
+    drop_one_prob:float=0., # chance that it sees only one of LOA and T5, either as likely: ours, so that both are read
 )->dict: # `loss` = `loss_simple` + `loss_loa`
     "One step of joint finetuning: a coin per batch picks true or predicted LOA (AudioLDM 2, sec. III-D3)"
     conds, truth = loa_conditions(batch), batch['loa'].float()
@@ -97,7 +98,9 @@ def joint_loss(
     loa = truth if use_truth else model.loa.generate(conds)
     contexts = model.cfg.unet.contexts
     cond = generator_condition(loa, conds[1], contexts)
-    cond = cond.drop(cond_drop_prob, null_condition(loa, t5_null, contexts), per='batch', generator=ctx.generator)
+    null = null_condition(loa, t5_null, contexts)
+    cond = cond.drop(cond_drop_prob, null, per='batch', generator=ctx.generator)
+    if drop_one_prob: cond = cond.drop_one(drop_one_prob, null, ctx.generator)
     loss_simple = diffusion_loss(model.unet, batch['z_0'].float(), model.cfg.schedule, cond, ctx.generator)
     return dict(loss=loss_simple + loss_loa, loss_simple=loss_simple, loss_loa=loss_loa)
 
@@ -245,6 +248,7 @@ def generate(
     audio_length_in_s:float|None=None, # None is the length of the training clips
     num_inference_steps:int=50, # DDIM steps
     guidance_scale:float=3.5, # 1 is no guidance
+    guidance_rescale:float=0., # takes contrast back that guidance adds, 0 .. 1, see `sampling.rescale_guided`
     num_waveforms_per_prompt:int=1, # candidates, returned best CLAP score first
     eta:float=0., # 0 is deterministic DDIM, 1 is as noisy as DDPM
     seed:int|list|None=None, # an int gives item i the seed `seed + i`
@@ -263,7 +267,7 @@ def generate(
     shape = (len(prompts)*copies, *latent_shape(pipe.cfg, frames))
     z_0 = sample_ddim(
         pipe.halves.unet, shape, pipe.cfg.schedule, num_inference_steps, cond=cond, uncond=uncond,
-        guidance_scale=guidance_scale, eta=eta, latents=latents, progress=progress,
+        guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, eta=eta, latents=latents, progress=progress,
         generator=[make_generator(s) for s in seeds] if seeds else generator)
     if output == 'latents': return z_0
     wavs = latents_to_wav(pipe, z_0, samples)
@@ -275,11 +279,13 @@ def latents_to_wav(
     pipe:AudioLDM2, # gives the VAE and the mel front end
     z_0:Tensor, # `(B, C, T, F)` scaled latents
     samples:int, # length of the waveforms
-)->Tensor: # `(B, samples)` float32 in [-1, 1]
+    limit:bool=True, # turn clips down that exceed full scale, with a warning
+)->Tensor: # `(B, samples)` float32, in [-1, 1] when limited
     "Latents -> mel by the VAE -> waveform by the vocoder or by Griffin-Lim"
     mel = pipe.vae.from_latent(z_0.to(pipe.vae.scale_factor.dtype))
     wavs = pipe.vocoder.to_wav(mel) if pipe.vocoder else griffin_lim(mel.float().cpu(), pipe.cfg.mel)
-    return wavs[:, :samples].float().cpu().clamp(-1, 1)
+    wavs = wavs[:, :samples].float().cpu()
+    return turn_down(wavs) if limit else wavs
 
 @torch.no_grad()
 def _rank_by_clap(
@@ -387,13 +393,8 @@ def paper_recipe(
     return Recipe('audioldm2_paper', model, loss, loader_batches(data, batch_size, collate=collate), config)
 
 @torch.no_grad()
-def _frozen_batch(
-    parts:dict, # `vae`, `audiomae`, `clap`, `t5`
-    batch:dict, # `mel`, `fbank` `(B, 1, T, F)`, `caption` list
-    lam:int, # pooling factor of the LOA
-    generator:torch.Generator|None=None, # draws the latents
-)->dict: # what `joint_loss` takes
-    "Run the frozen parts on one batch"
+def _frozen_batch(parts, batch, lam, generator):
+    "Run the frozen parts on one batch: what `joint_loss` takes"
     t5, t5_mask = parts['t5'].encode(batch['caption'])
     z_0, loa = parts['vae'].to_latent(batch['mel'], generator), parts['audiomae'].loa(batch['fbank'], lam)
     return dict(z_0=z_0, loa=loa, t5=t5, t5_mask=t5_mask, clap=parts['clap'].embed_text(batch['caption'])[:, None])

@@ -194,9 +194,10 @@ class ToySet:
     def paraphrase(self,
         i:int, # index of the clip
         seed:int=0, # another number, another wording
+        book:str='train', # phrase book; 'test' holds sentences that training never uses
     )->str: # a caption with the same truth
         "Say one clip in other words"
-        return sounds.caption(self.meta[i], np.random.default_rng([seed, i, 77]))
+        return sounds.caption(self.meta[i], np.random.default_rng([seed, i, 77]), book)
     def subset(self,
         indices, # of the clips to keep
     )->'ToySet': # features are copied
@@ -258,10 +259,10 @@ def _make_toy_set(n, split, seed, args, workers):
 # %% ../nbs/14_datasets.ipynb #2cd54276
 def toy_set(
     n:int, # number of clips, below 2**24
-    split:str='train', # 'train', 'heldout' (combinations never trained on) or 'all'
+    split:str='train', # 'train', 'heldout' (captions that name what training never names) or 'all'
     seed:int=0, # sets of different seeds share no clip
     family:str|None=None, # None mixes; 'event', 'melody', 'speech'
-    kind:str|None=None, # None mixes; 'single', 'then', 'while'
+    kind:str|None=None, # None mixes; 'single', 'then', 'while', 'three'
     cache:bool=True, # keep under `out/cache` and read from there, memory-mapped
     workers:int=2, # processes
 )->ToySet: # the same for the same arguments, on any number of workers

@@ -289,7 +289,7 @@ class SlotProbe:
     @staticmethod
     def rows(loa, meta):
         "Mean vector of each half, the event that sounds in it, and whether the clip holds two"
-        keep = [i for i, m in enumerate(meta) if m['events'] and m['kind'] != 'while']
+        keep = [i for i, m in enumerate(meta) if m['events'] and m['kind'] in ('single', 'then')]
         names = [[meta[i]['events'][k]['name'] for k in (0, -1)] for i in keep]
         y = torch.tensor([[EVENTS.index(n) for n in pair] for pair in names])
         two = torch.tensor([meta[i]['kind'] == 'then' for i in keep])

@@ -261,7 +261,7 @@ def _sound_events(meta, out, rng):
     for k, e in enumerate(meta['events']):
         marks = []
         x = render_event(*(e[k] for k in ('name', *ATTRIBUTES)), duration=e['end'] - e['start'], rng=rng, marks=marks)
-        if meta['snr'] is not None: x = x*10**((.5 - k)*meta['snr']/20)
+        if meta.get('snr') is not None: x = x*10**((.5 - k)*meta['snr']/20)  # half up, half down
         at = int(e['start']*SAMPLE_RATE)
         out[at:at + len(x)] += x[:CLIP_SAMPLES - at]
         e['onsets'] = [round(at/SAMPLE_RATE + m, 4) for m in marks]

@@ -56,7 +56,6 @@ def _decay(t, attack, decay): return np.minimum(t/attack, 1)*np.exp(-t/decay)
 
 def _hump(t): return np.sin(np.pi*np.arange(len(t))/len(t))
 
-# %% ../nbs/10a_synth.ipynb #75767cdc
 def _repeat(n, rate, make, rng, jitter=.06, marks=None):
     "Place `make(i)` about `rate` times a second; `marks` collects the onsets in s"
     out, at, i = np.zeros(n), rng.uniform(0, .04)*SAMPLE_RATE, 0
@@ -181,7 +180,6 @@ PHONEMES = (*_FORMANTS, *_NOISES)
 VOWELS, CONSONANTS = tuple('aeiou'), ('m', 'n', 'l', 's', 'sh', 'f', 't', 'k')
 SYLLABLES = tuple(c + v for c in CONSONANTS for v in VOWELS)
 
-# %% ../nbs/10a_synth.ipynb #1e710188
 def _resonate(x, formants, scale):
     "Vocal tract as three resonators side by side"
     out = 0
