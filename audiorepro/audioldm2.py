@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .core import Config, Model, make_generator
-from .audio import turn_down
+from .audio import normalize, turn_down
 from .mel import FbankConfig, MelConfig, audiomae_input, griffin_lim, log_mel
 from .text import Tokenizer, check_prompt
 from .datasets import CaptionedAudio, collate, toy_set
@@ -384,7 +384,7 @@ def paper_recipe(
     model = TextToLatent(cfg)
     model.unet = add_context(parts['ldm'], cfg.loa.cond_dims[1])
     model.loa.load_state_dict(parts['loa'].state_dict())
-    data = CaptionedAudio(records, cfg.mel.sample_rate, cfg.clip_seconds, features=dict(
+    data = CaptionedAudio(records, cfg.mel.sample_rate, cfg.clip_seconds, prepare=normalize, features=dict(
         mel=lambda wav: log_mel(wav, cfg.mel), fbank=lambda wav: audiomae_input(wav, fbank)))
     t5_null = parts['t5'].encode([''])
     def loss(model, batch, ctx):

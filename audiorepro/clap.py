@@ -23,6 +23,7 @@ from .core import Config, Model, find_weights, load_strict
 from .datasets import ToySet, toy_set
 from .layers import TransformerBlock, timestep_embedding
 from .mel import MelConfig, log_mel
+from .pretext import hide_words
 from .sounds import caption, vocabulary
 from .text import HFTokenizer, Tokenizer, find_tokenizer, masked_mean
 from .training import Recipe, TrainConfig, tensor_batches
@@ -216,6 +217,7 @@ def clap_batches(
     batch_size:int, # pairs a step
     seed:int=0, # of order and wording
     hard:bool=False, # add the swapped caption of "A then B" clips as a further wrong answer
+    unknown_share:float=0., # of the words that are hidden, see `pretext.hide_words`
 ):# `batches(start_step)`, iterator of dict(mel, caption, swapped)
     "Sounds with captions worded anew at each visit"
     by_index = tensor_batches(dict(index=torch.arange(len(toy))), batch_size, seed)
@@ -224,6 +226,7 @@ def clap_batches(
             index, rng = batch['index'].tolist(), np.random.default_rng([seed, step, 34])
             texts = [caption(toy.meta[i], rng) for i in index]
             swapped = dict(swapped=[swap_events(toy.meta[i], rng) for i in index]) if hard else {}
+            if unknown_share: texts = [hide_words(t, rng, unknown_share) for t in texts]
             yield dict(mel=toy.mel[index].float(), caption=texts) | swapped
     return batches
 
@@ -265,7 +268,8 @@ def toy_recipe(
         model = CLAP(CLAPConfig.toy_score() if is_score else CLAPConfig.toy())
     toy = toy_set(8000)
     half = toy.subset(range(int(is_score), len(toy), 2))
-    cfg = TrainConfig(steps=steps, lr=1e-3, warmup_steps=50, schedule='cosine', weight_decay=.05, seed=data_seed)
+    cfg = TrainConfig(steps=steps, lr=1e-3, warmup_steps=50, schedule='cosine', weight_decay=.05, decay_vectors=False,
+                      seed=data_seed)   # the temperature is not decayed
     return Recipe(which, model, clap_loss, clap_batches(half, 64, data_seed, hard=is_score), cfg)
 
 # %% ../nbs/34_clap.ipynb #1d1a779a

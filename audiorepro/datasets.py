@@ -147,11 +147,12 @@ class CaptionedAudio(torch.utils.data.Dataset):
         duration:float=10.24, # s; longer sounds are cropped, shorter ones padded with zeros
         features:dict[str, Callable]|None=None, # name -> function of `wav (1, samples)`, for example `dict(mel=...)`
         crop:str='random', # where a longer sound is cut: 'random' or 'start'
+        prepare:Callable|None=None, # what to do with the window before it is padded, for example `audio.normalize`
         seed:int=0, # crops and captions are a function of (seed, epoch, index)
     ):
         if crop not in ('random', 'start'): raise ValueError(f"crop must be 'random' or 'start', got {crop!r}")
         self.records, self.sample_rate, self.samples = records, sample_rate, round(duration*sample_rate)
-        self.features, self.crop, self.seed, self.epoch = features or {}, crop, seed, 0
+        self.features, self.crop, self.prepare, self.seed, self.epoch = features or {}, crop, prepare, seed, 0
     def __len__(self): return len(self.records)
     def __getitem__(self, i):
         record, rng = self.records[i], np.random.default_rng([self.seed, self.epoch, i])
@@ -159,7 +160,8 @@ class CaptionedAudio(torch.utils.data.Dataset):
         else: wav = resample(record.wav[None], record.sample_rate, self.sample_rate)
         spare = max(wav.shape[-1] - self.samples, 0)
         start = int(rng.integers(spare + 1)) if self.crop == 'random' else 0
-        wav = fit_length(wav[:, start:start + self.samples], self.samples)
+        wav = wav[:, start:start + self.samples]
+        wav = fit_length(self.prepare(wav) if self.prepare else wav, self.samples)
         text = record.captions[rng.integers(len(record.captions))] if record.captions else ''
         return dict(id=record.id, wav=wav[0], caption=text) | {k: f(wav)[0] for k, f in self.features.items()}
 

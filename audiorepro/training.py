@@ -24,6 +24,7 @@ class TrainConfig(Config):
     lr:float=1e-4                        # learning rate after the warmup
     betas:tuple[float,...]=(.9, .999)    # of AdamW
     weight_decay:float=.01               # of AdamW
+    decay_vectors:bool=True              # also of biases, norms and scalars; CLIP and CLAP spare them
     warmup_steps:int=0                   # steps of linear rise to `lr`
     schedule:str='constant'              # after the warmup: 'constant' or 'cosine' (down to `final_lr`)
     final_lr:float=0.                    # where 'cosine' ends
@@ -183,9 +184,13 @@ class _State:
         for name, player in self.players.items():
             player.to(acc.device)
             if acc.num_processes > 1: broadcast(list(player.state_dict().values()))
-            self.params[name] = {k: p for k, p in player.named_parameters() if p.requires_grad}
+            params = {k: p for k, p in player.named_parameters() if p.requires_grad}
+            if not cfg.decay_vectors: params = dict(sorted(params.items(), key=lambda item: item[1].ndim < 2))
+            self.params[name], rows = params, list(params.values())
+            n = sum(cfg.decay_vectors or p.ndim >= 2 for p in rows)
+            groups = [g for g in (dict(params=rows[:n]), dict(params=rows[n:], weight_decay=0.)) if g['params']]
             self.optimizers[name] = acc.prepare(torch.optim.AdamW(
-                self.params[name].values(), betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True))
+                groups, betas=cfg.betas, weight_decay=cfg.weight_decay, fused=True))
         self.ema = EMA(model, cfg.ema_decay) if cfg.ema_decay is not None else None
 
     def tensors(self)->dict: # name -> tensor
@@ -207,8 +212,7 @@ class _State:
             for i, k in enumerate(self.params[name]):
                 if values := part(f'{name}.adamw/{k}/'): state[i] = values
             optimizer.load_state_dict(dict(state=state, param_groups=optimizer.state_dict()['param_groups']))
-        if self.ema:
-            for k, v in part('ema/').items(): self.ema.average[k].copy_(v)
+        for k, v in (part('ema/') if self.ema else {}).items(): self.ema.average[k].copy_(v)
 
 # %% ../nbs/21_training.ipynb #38b16c8f
 _PLAIN = ('step', 'seconds', 'count', 'history')  # parts of the state that JSON can hold
@@ -253,8 +257,7 @@ def _load_checkpoint(folder, state):
 def _advance(state, name, loss, lr):
     "One optimiser step of one player; returns the norm of its gradient before clipping"
     optimizer, params = state.optimizers[name], list(state.params[name].values())
-    optimizer.zero_grad()
-    state.acc.backward(loss)
+    optimizer.zero_grad(); state.acc.backward(loss)
     if state.acc.num_processes > 1:
         for p in params: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         flat = state.acc.reduce(nn.utils.parameters_to_vector([p.grad for p in params]), 'mean')
@@ -284,8 +287,7 @@ def _train_step(state, losses, batch, ctx):
 # %% ../nbs/21_training.ipynb #5a727bc4
 def _add(state, logged):
     "Add scalars to the sums of the present row"
-    for k, v in logged.items():
-        state.sums[k] = state.sums.get(k, 0.) + torch.as_tensor(v).detach().double()
+    for k, v in logged.items(): state.sums[k] = state.sums.get(k, 0.) + torch.as_tensor(v).detach().double()
     state.count += 1
 
 def _means(state)->dict:
@@ -351,8 +353,7 @@ def fit(
             if state.step % (20 if is_gpu else 1) == 0:
                 bar.set_postfix_str(f"loss {logged['loss']:.4g}, lr {lr:.1e}", refresh=False)
             bar.update()
-            _add(state, logged)
-            state.seconds = time.time() - t_0
+            _add(state, logged); state.seconds = time.time() - t_0
             _after_step(state, lr, on_eval, folder)
     if state.step < cfg.steps: raise ValueError(f"batches ended at step {state.step} of {cfg.steps}")
     if state.ema: state.ema.swap()
