@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.stamp-installed
 INDEX  := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tour train test lab check notebooks weights clap-env
+.PHONY: help setup tour train test lab check notebooks weights claims clap-env
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +46,9 @@ notebooks: $(STAMP)  ## execute the lessons in fresh kernels and keep their outp
 
 weights: $(STAMP)  ## remake the shipped weights at full budget (hours of CPU, minutes on a GPU; resumable)
 	$(BIN)/audiorepro train --budget full --ship
+
+claims: $(STAMP)  ## run what is missing of the registered claims, one arm and seed at a time (hours of CPU; may be killed)
+	$(BIN)/audiorepro claims
 
 clap-env: $(STAMP)  ## laion_clap in an environment of its own (.venv-clap, 1.8 GB), compared with ours
 	$(PYTHON) tests/clap_env.py make

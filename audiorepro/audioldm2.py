@@ -79,7 +79,8 @@ def null_condition(
     contexts:tuple, # of the T-UNet's config
 )->Condition: # the condition that says nothing: zeros for the LOA, the encoding of "" for T5
     "Empty condition for classifier-free guidance (AudioLDM 2, sec. III-D2)"
-    return generator_condition(torch.zeros_like(loa), tuple(x.expand(len(loa), *x.shape[1:]) for x in t5_null), contexts)
+    states, mask = (x.expand(len(loa), *x.shape[1:]) for x in t5_null)
+    return generator_condition(torch.zeros_like(loa), (states, mask), contexts)
 
 # %% ../nbs/53_audioldm2.ipynb #d2bd68d7
 def joint_loss(
@@ -207,8 +208,7 @@ def latent_frames(
         raise ValueError(f"audio_length_in_s must lie in (0, {4*cfg.clip_seconds:g}], got {seconds}")
     if seconds > cfg.clip_seconds + 1e-6:
         warnings.warn(f"{seconds:g} s is longer than the {cfg.clip_seconds:g} s clips of training", stacklevel=3)
-    samples = round(seconds*cfg.mel.sample_rate)
-    step = 4*cfg.mel.hop_length * 2**(len(cfg.unet.channels) - 1)
+    samples, step = round(seconds*cfg.mel.sample_rate), 4*cfg.mel.hop_length * 2**(len(cfg.unet.channels) - 1)
     return -(-samples//step) * step//(4*cfg.mel.hop_length), samples
 
 # %% ../nbs/53_audioldm2.ipynb #5edbd13e
@@ -284,8 +284,7 @@ def latents_to_wav(
     "Latents -> mel by the VAE -> waveform by the vocoder or by Griffin-Lim"
     mel = pipe.vae.from_latent(z_0.to(pipe.vae.scale_factor.dtype))
     wavs = pipe.vocoder.to_wav(mel) if pipe.vocoder else griffin_lim(mel.float().cpu(), pipe.cfg.mel)
-    wavs = wavs[:, :samples].float().cpu()
-    return turn_down(wavs) if limit else wavs
+    return turn_down(wavs[:, :samples].float().cpu()) if limit else wavs[:, :samples].float().cpu()
 
 @torch.no_grad()
 def _rank_by_clap(

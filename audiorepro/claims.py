@@ -18,7 +18,7 @@ from . import audioldm2, audiomae, ldm, vae
 from .audiomae import AudioMAE
 from .clap import CLAP
 from .core import default_device, make_generator, out_dir, write_atomic
-from .datasets import ToySet, toy_set
+from .datasets import toy_set
 from .diffusion import Schedule
 from .judge import Judge
 from .quality import make_clips
@@ -164,12 +164,13 @@ def _finetuned(seed, budget, clips, weights, steps):
     "The whole system with its joint finetuning made anew"
     parts = [kind.from_pretrained(weights) for kind in (CLAP, T5, VAE)]
     below = [weights_hash(kind.from_pretrained(f'{weights}/{kind_name}')) for kind, kind_name in
-             ((UNet, 'ldm'), (ldm.AudioMAE, 'audiomae'), (audioldm2.LOAModel, 'loa'))]
+             ((UNet, 'ldm'), (AudioMAE, 'audiomae'), (audioldm2.LOAModel, 'loa'))]
     key = seed, budget, clips, *map(weights_hash, parts), *below
     with torch.enable_grad():
         folder = train_once('audioldm2', lambda: audioldm2.toy_recipe(budget, weights, seed, clips), key, steps)
     return audioldm2.AudioLDM2(audioldm2.TextToLatent.from_pretrained(folder), *parts), folder
 
+# %% ../nbs/53c_claims.ipynb #60e61913
 def _ids(toy): return [f"{'-'.join(map(str, toy.args.values()))}-{m['seed']}" for m in toy.meta]
 
 @torch.no_grad()

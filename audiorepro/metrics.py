@@ -113,7 +113,7 @@ def kl_sigmoid(
     p, q = _matrix('p', p), _matrix('q', q)
     if p.shape != q.shape: raise ValueError(f"p {p.shape} and q {q.shape} must be pairs of the same shape")
     for name, x in (('p', p), ('q', q)):
-        if (x < 0).any() or (x > 1).any(): raise ValueError(f"{name} must lie in 0..1, got {x.min():.3g} .. {x.max():.3g}")
+        if x.min() < 0 or x.max() > 1: raise ValueError(f"{name} must lie in 0..1, got {x.min():.3g} .. {x.max():.3g}")
     logs = np.log(np.where(p > 0, p, 1)) - np.log(q + eps)
     return _reduce((p*logs).sum(1), reduction)
 

@@ -49,7 +49,7 @@ class ScoreCard(Config):
         if self.unit not in UNITS: raise ValueError(f"unit must be one of {UNITS}, got {self.unit!r}")
         if self.n < 1: raise ValueError(f"n must be at least 1, got {self.n}")
         for name in ('value', 'low', 'high'):
-            if not np.isfinite(getattr(self, name)): raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
+            if not np.isfinite(x := getattr(self, name)): raise ValueError(f"{name} must be finite, got {x}")
         if self.low > self.high: raise ValueError(f"low must not exceed high, got {self.low} and {self.high}")
 
     def __str__(self):
@@ -76,7 +76,7 @@ def ids_hash(
     "Tell sets of clips apart, whatever their order"
     ids = sorted(map(str, ids))
     if not ids: raise ValueError("ids must hold at least one name, got none")
-    if twice := [a for a, b in zip(ids, ids[1:]) if a == b]: raise ValueError(f"ids must differ, got {twice[0]!r} twice")
+    if twice := [a for a, b in zip(ids, ids[1:]) if a == b]: raise ValueError(f"ids must differ, got {twice[0]} twice")
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:12]
 
 def count_faults(
@@ -136,11 +136,12 @@ def distance_card(
     *heard, ref, spare = (np.asarray(back_end.features(x).detach().cpu(), np.float64) for x in (*made, real, other))
     value = float(np.mean([frechet_from_features(ref, x) for x in heard]))
     low, high = _distance_interval(heard, ref, value, resamples)
-    silent, clipped = np.sum([count_faults(x) for x in made], 0).tolist()
+    faults = np.sum([count_faults(x) for x in made], 0).tolist()
+    endless = np.mean([frechet_infinity(ref, x) for x in heard])
     return ScoreCard(
         'Frechet distance (lower is better)', value, low, high, len(ref), 'clip', type(back_end).__name__,
         weights_hash(back_end), sample_rate, ids_hash(real_ids), ids_hash(made_ids), frechet_from_features(ref, spare),
-        float(np.mean([frechet_infinity(ref, x) for x in heard])), silent, clipped, candidates, tuple(seeds), _versions())
+        float(endless), *faults, candidates, tuple(seeds), _versions())
 
 # %% ../nbs/25_scores.ipynb #577d0d5e
 def wilson_interval(
@@ -182,8 +183,9 @@ def share_card(
     if not asked.any(): raise ValueError(f"values holds no answer to {measure!r}")
     low, high = _share_interval(values[:, asked], unit)
     key, n = ids_hash(ids), int(asked.sum()) if unit == 'clip' else len(values)
-    return ScoreCard(measure, float(np.nanmean(values)), low, high, n, unit, type(back_end).__name__, weights_hash(back_end),
-                     sample_rate, key, None if is_real else key, None, None, *faults, candidates, tuple(seeds), _versions())
+    name, made, value = type(back_end).__name__, None if is_real else key, float(np.nanmean(values))
+    return ScoreCard(measure, value, low, high, n, unit, name, weights_hash(back_end), sample_rate, key, made, None, None,
+                     *faults, candidates, tuple(seeds), _versions())
 
 # %% ../nbs/25_scores.ipynb #70c5f75d
 KIND = ('measure', 'unit', 'n', 'candidates', 'back_end', 'back_end_hash', 'sample_rate', 'real_ids')
@@ -200,7 +202,6 @@ def compare(
 
 # %% ../nbs/25_scores.ipynb #9788193e
 def _demand(owner, rules):
-    "Raise `ValueError` for the first field that breaks its rule"
     for name, is_good, rule in rules:
         if not is_good: raise ValueError(f"{type(owner).__name__}.{name} must {rule}, got {getattr(owner, name)!r}")
 
@@ -274,12 +275,12 @@ def _values(claim, rows):
     found = {}
     for r in rows:
         if r['claim'] == claim.id and r['registered'] == claim.key: found.setdefault((r['arm'], r['seed']), r['value'])
-    return np.array([[found.get((a.name, s), np.nan) for s in range(claim.seeds)] for a in claim.arms], dtype=np.float64)
+    return np.array([[found.get((a.name, s), np.nan) for s in range(claim.seeds)] for a in claim.arms], np.float64)
 
 def _effects(claim, values):
     "One number a seed: above 0 where the seed speaks for the claim"
     if claim.statistic == 'difference': return claim.direction*(values[0] - values[1])
-    if (values <= 0).any(): raise ValueError(f"claim {claim.id}: a relative rise needs values above 0, got {values.min()}")
+    if (values <= 0).any(): raise ValueError(f"claim {claim.id}: a rise needs values above 0, got {values.min()}")
     steps = values[1:]/values[:-1]
     return (steps if claim.direction > 0 else 1/steps).min(0) - 1
 
@@ -341,7 +342,15 @@ def _append(path, row):
     with open(path, 'ab') as f:
         f.write(start + (json.dumps(row, default=_plain) + '\n').encode()); f.flush(); os.fsync(f.fileno())
 
-# %% ../nbs/25_scores.ipynb #14d859b1
+# %% ../nbs/25_scores.ipynb #c24cdf3b
+def _lock(path):
+    from filelock import FileLock, Timeout
+    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
+    lock = FileLock(out_dir('claims')/f'{path.stem}_{name}.lock')
+    try: return lock.acquire(timeout=0)
+    except Timeout: print(f'another run holds {path.name}: waiting', flush=True)
+    return lock.acquire()
+
 def _run_arm(claim, arm, seed):
     "Call an arm and make its row"
     module, function = arm.run.split(':')
@@ -354,15 +363,7 @@ def _run_arm(claim, arm, seed):
     return found | dict(claim=claim.id, arm=arm.name, seed=seed, value=value, seconds=round(time.time() - start, 1),
                         device=_device(), versions=_versions(), registered=claim.key)
 
-def _lock(path):
-    "Hold the file of results; the lock lies with the other things made on this machine"
-    from filelock import FileLock, Timeout
-    name = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]
-    lock = FileLock(out_dir('claims')/f'{path.stem}_{name}.lock')
-    try: return lock.acquire(timeout=0)
-    except Timeout: print(f'another run holds {path.name}: waiting', flush=True)
-    return lock.acquire()
-
+# %% ../nbs/25_scores.ipynb #341232fa
 def run_claims(
     claims:list, # registered claims
     path:str|Path, # JSON lines of results, appended to
@@ -375,13 +376,14 @@ def run_claims(
             print(f'{c.id}: {old} results belong to an earlier text of this claim and are not used')
     jobs = [(c, a, s, i) for c in claims for s in range(c.seeds) for i, a in enumerate(c.arms)]
     for claim, arm, seed, i in jobs:
+        def is_done(): return not np.isnan(_values(claim, read_runs(path))[i, seed])
+        if is_done(): continue
+        if minutes is not None and time.time() - start >= 60*minutes:
+            print(f'{minutes:g} minutes are over: the same command goes on with {claim.id}, {arm.name}, seed {seed}')
+            break
         with _lock(path):
-            if not np.isnan(_values(claim, read_runs(path))[i, seed]): continue
-            if minutes is not None and time.time() - start >= 60*minutes:
-                print(f'{minutes:g} minutes are over: the same command goes on with {claim.id}, {arm.name}, seed {seed}')
-                return made
-            _append(path, _run_arm(claim, arm, seed))
-            made += 1
+            if not is_done():  # another run may have made it while this one waited
+                _append(path, _run_arm(claim, arm, seed)); made += 1
     return made
 
 # %% ../nbs/25_scores.ipynb #429f45d0

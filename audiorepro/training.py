@@ -178,9 +178,8 @@ class _State:
     def __init__(self, model, rival, cfg, acc):
         from accelerate.utils import broadcast
         self.acc, self.cfg, self.step, self.seconds = acc, cfg, 0, 0.
-        self.sums, self.count, self.history = {}, 0, []
+        self.sums, self.count, self.history, self.optimizers, self.params = {}, 0, [], {}, {}
         self.players = {'model': model} | ({'rival': rival} if rival is not None else {})
-        self.optimizers, self.params = {}, {}
         for name, player in self.players.items():
             player.to(acc.device)
             if acc.num_processes > 1: broadcast(list(player.state_dict().values()))
