@@ -15,7 +15,7 @@ from .datasets import ToySet
 from .training import has_bf16
 from .judge import CHOICES, Judge, judge_answers
 from .metrics import bootstrap_interval, frechet_from_features, frechet_infinity
-from .scores import count_faults, wilson_interval
+from .scores import count_faults, distance_interval, wilson_interval
 from .audiomae import AudioMAE
 from .clap import CLAP, clap_score
 from .sampling import Condition, sample_ddim
@@ -90,13 +90,12 @@ def distance_row(
     resamples:int=100, # of the interval
 )->dict: # value, low, high, floor, infinity, n
     "Frechet distance to other real clips, its 95% interval, the floor, and the estimate for endless clips"
-    made = exams[0]['features']
-    value = float(np.mean([frechet_from_features(e['features'], other) for e in exams]))
-    low, high = bootstrap_interval((np.asarray(made), np.asarray(other)), frechet_from_features, paired=False,
-                                   n_resamples=resamples)
-    shift = (low + high)/2 - frechet_from_features(made, other)   # repeats make every resample look worse
-    return dict(value=value, low=max(0., low - shift), high=high - shift, n=len(made),
-                floor=frechet_from_features(own, other), infinity=frechet_infinity(made, other))
+    made = [np.asarray(e['features'], np.float64) for e in exams]
+    own, other = (np.asarray(x, np.float64) for x in (own, other))
+    value = float(np.mean([frechet_from_features(x, other) for x in made]))
+    low, high = distance_interval(made, other, value, resamples)
+    return dict(value=value, low=low, high=high, n=len(own), floor=frechet_from_features(own, other),
+                infinity=frechet_infinity(made[0], other))
 
 # %% ../nbs/53a_quality.ipynb #1c191bad
 def report(

@@ -53,3 +53,15 @@ def test_wheel_works_outside_the_checkout(tmp_path):
             'from audiorepro.cli import main; sys.exit(main(["say", "a dog barks", "--out", "dog.wav", "--steps", "2"]))')
     run('-c', code, site, cwd=tmp_path)
     assert (tmp_path/'dog.wav').stat().st_size > 40_960
+
+
+def test_quality_table_is_what_was_measured():
+    "Each number of the README's table stands in the stored examination, with its interval and n"
+    found = json.loads((ROOT/'figures/53a_quality_scores.json').read_text())['results']['text']
+    keys = ('single', 'single_strict', 'both_then', 'then_strict', 'both_while', 'while_strict', 'order', 'slot', 'pitch', 'speed',
+            'loudness', 'instrument', 'tempo', 'mode', 'register')
+    for split in ('train', 'heldout'):
+        for key in keys:
+            r = found[split][key]
+            text = f"{r['value']:.2f} [{r['low']:.2f}, {r['high']:.2f}] of {r['n']}"
+            assert text in README, f'{key}, {split}: the README does not say {text}'
