@@ -258,6 +258,7 @@ def toy_recipe(
     weights:str='mine', # not used: CLAP stands on no other model
     seed:int=0, # of weights and order
     which:str='clap', # 'clap' conditions and filters; 'clap_score' scores: other architecture, seed, half of the data
+    unknown_share:float=0., # of the words that are hidden, see `pretext.hide_words`
 )->Recipe: # for `run_recipe`
     "How the two toy CLAPs are trained"
     if which not in ('clap', 'clap_score'): raise ValueError(f"which must be 'clap' or 'clap_score', got {which!r}")
@@ -269,8 +270,9 @@ def toy_recipe(
     toy = toy_set(8000)
     half = toy.subset(range(int(is_score), len(toy), 2))
     cfg = TrainConfig(steps=steps, lr=1e-3, warmup_steps=50, schedule='cosine', weight_decay=.05, decay_vectors=False,
-                      seed=data_seed)   # the temperature is not decayed
-    return Recipe(which, model, clap_loss, clap_batches(half, 64, data_seed, hard=is_score), cfg)
+                      seed=data_seed)
+    batches = clap_batches(half, 64, data_seed, is_score, unknown_share)
+    return Recipe(which, model, clap_loss, batches, cfg, extra=dict(unknown_share=unknown_share) if unknown_share else None)
 
 # %% ../nbs/34_clap.ipynb #1d1a779a
 def tells_order(

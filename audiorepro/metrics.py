@@ -109,7 +109,7 @@ def kl_sigmoid(
     eps:float=1e-6, # added to `q`
     reduction:str='mean', # 'mean' or 'none' (one value per pair)
 )->float|np.ndarray: # nats; may be negative
-    "The same sum over independent yes-or-no probabilities, as audioldm_eval prints it beside the softmax form"
+    "Sum the same terms, target to generated, over independent yes-or-no probabilities (audioldm_eval, sigmoid form)"
     p, q = _matrix('p', p), _matrix('q', q)
     if p.shape != q.shape: raise ValueError(f"p {p.shape} and q {q.shape} must be pairs of the same shape")
     for name, x in (('p', p), ('q', q)):

@@ -370,11 +370,12 @@ class Recipe:
     config:TrainConfig      # see `fit`
     rival:tuple|None=None   # see `fit`
     on_eval:typing.Callable|None=None  # see `fit`
+    extra:dict|None=None    # what else decides the result, such as a share of hidden words; part of the key
 
     @property
     def key(self)->str: # 12 hex digits
         "Same settings, same key; another run gets another folder"
-        settings = [self.name, self.model.cfg.to_dict(), self.config.to_dict()]
+        settings = [self.name, self.model.cfg.to_dict(), self.config.to_dict(), *([self.extra] if self.extra else [])]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 def run_recipe(
