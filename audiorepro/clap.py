@@ -272,7 +272,8 @@ def toy_recipe(
     cfg = TrainConfig(steps=steps, lr=1e-3, warmup_steps=50, schedule='cosine', weight_decay=.05, decay_vectors=False,
                       seed=data_seed)
     batches = clap_batches(half, 64, data_seed, is_score, unknown_share)
-    return Recipe(which, model, clap_loss, batches, cfg, extra=dict(unknown_share=unknown_share) if unknown_share else None)
+    extra = dict(unknown_share=unknown_share) if unknown_share else None
+    return Recipe(which, model, clap_loss, batches, cfg, extra=extra)
 
 # %% ../nbs/34_clap.ipynb #1d1a779a
 def tells_order(

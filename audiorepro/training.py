@@ -219,9 +219,8 @@ _PLAIN = ('step', 'seconds', 'count', 'history')  # parts of the state that JSON
 def _save_checkpoint(folder, state):
     "Write the new one whole, and only then delete the older one: at every moment one checkpoint is good"
     from safetensors.torch import save_file
-    final = folder/f'step-{state.step:08d}'
+    final, seen, tensors = folder/f'step-{state.step:08d}', set(), {}
     if final.exists(): return
-    seen, tensors = set(), {}
     for k, v in state.tensors().items():
         tensors[k] = v.detach().cpu().contiguous()
         if tensors[k].data_ptr() in seen: tensors[k] = tensors[k].clone()  # tied weights: the file has no aliases
@@ -392,7 +391,7 @@ def run_recipe(
                   losses={k: v for k, v in last.items() if k not in ('step', 'seconds', 'lr')},
                   dtype='bf16 mixed' if cfg.bf16 and has_bf16(device) else 'float32', threads=torch.get_num_threads(),
                   device=torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine(),
-                  torch=torch.__version__, config=cfg.to_dict(), model_config=model.cfg.to_dict())
+                  torch=torch.__version__, config=cfg.to_dict())
     target = Path(target or out_dir('weights')/recipe.name)
     model.save_pretrained(target, dtype=torch.float16, metadata=dict(recipe=recipe.key))
     write_atomic(target/'training.json', lambda f: f.write((json.dumps(values, indent=1) + '\n').encode()))
