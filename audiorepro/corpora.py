@@ -6,13 +6,14 @@
 __all__ = ['ESC50_FIGURE3', 'Report', 'find_clip', 'audiocaps', 'esc50']
 
 # %% ../nbs/15_corpora.ipynb #03f41857
-import csv
+import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .audio import Record
 from .datasets import AUDIO_ENDINGS, lazy_record
+from .tables import as_number, read_rows
 
 # %% ../nbs/15_corpora.ipynb #f02963d6
 @dataclass
@@ -21,10 +22,10 @@ class Report:
     name:str                      # corpus and split
     rows:int = 0                  # lines of the table
     clips:int = 0                 # records made
-    skipped:list[tuple[str, str]] = field(default_factory=list)  # (file or id, reason)
+    skipped:list[tuple[str, str]] = field(default_factory=list)  # (file, id or row, reason)
 
     def skip(self,
-        item:str, # file or id
+        item:str, # file, id or row
         reason:str, # the same words for the same kind of problem, so that they can be counted
     ):
         "Leave an item out and remember why"
@@ -35,15 +36,14 @@ class Report:
         return f'{self.name}: {self.rows} rows, {self.clips} clips, {len(self.skipped)} skipped{why}'
 
 # %% ../nbs/15_corpora.ipynb #7269cf8e
-def _rows(table, columns):
-    "Rows of a CSV that must have certain columns"
-    if not table.exists(): raise ValueError(f"{table} does not exist")
-    with table.open(encoding='utf-8-sig', newline='') as f:
-        reader = csv.DictReader(f, strict=True)
-        if missing := [c for c in columns if c not in (reader.fieldnames or ())]:
-            has = ', '.join(reader.fieldnames or ('none',))
-            raise ValueError(f"{table} lacks the columns {', '.join(missing)}; it has {has}")
-        return list(reader)
+def _rows(table, columns, numbers, report):
+    "Rows with text in `columns` and numbers in `numbers`; the others go to the report"
+    rows = []
+    for row in read_rows(table, (*columns, *numbers), skip=report.skip):
+        try: rows.append(row | {c: as_number(row[c], c) for c in numbers})
+        except ValueError: report.skip(row[columns[0]], f"no number in {' or '.join(numbers)}")
+    report.rows = len(rows) + len(report.skipped)
+    return rows
 
 def _record(path, report, *args, **meta):
     "A lazy record, or None and a line in the report"
@@ -56,7 +56,7 @@ def find_clip(
     names:list[str], # possible names without ending
 )->Path|None: # the first file that exists
     "Look for a clip under several names and endings"
-    return next((f for d in folders for n in names for e in AUDIO_ENDINGS if (f := d/f'{n}{e}').exists()), None)
+    return next((f for d in folders for n in names for e in AUDIO_ENDINGS if os.path.isfile(f := d/f'{n}{e}')), None)
 
 def audiocaps(
     root:str|Path, # folder of `train.csv`, `val.csv`, `test.csv`; clips in it, in `SPLIT/`, `audio/` or `audio/SPLIT/`
@@ -65,14 +65,11 @@ def audiocaps(
     "Read AudioCaps (Kim et al. 2019) as far as its clips are there"
     if split not in ('train', 'val', 'test'): raise ValueError(f"split must be 'train', 'val' or 'test', got {split!r}")
     root, report, clips = Path(root), Report(f'AudioCaps {split}'), {}
-    for row in _rows(root/f'{split}.csv', ('youtube_id', 'start_time', 'caption')):
-        report.rows += 1
-        key = (row['youtube_id'], row['start_time'])
-        if row['caption'].strip(): clips.setdefault(key, []).append(row['caption'].strip())
-        else: report.skip(row['youtube_id'], 'empty caption')
+    for row in _rows(root/f'{split}.csv', ('youtube_id', 'caption'), ('start_time',), report):
+        clips.setdefault((row['youtube_id'].strip(), row['start_time']), []).append(row['caption'].strip())
     folders, records = [root, root/split, root/'audio', root/'audio'/split], []
     for (name, start), captions in clips.items():
-        path = find_clip(folders, [f'{name}_{start}', name, f'Y{name}_{start}', f'Y{name}'])
+        path = find_clip(folders, [f'{y}{name}{s}' for y in ('', 'Y') for s in (f'_{start}', f'_{float(start)}', '')])
         meta = dict(youtube_id=name, start=float(start), licence='YouTube, varies')
         if path is None: report.skip(f'{name}_{start}', 'no such clip')
         elif record := _record(path, report, captions, **meta): records.append(record)
@@ -90,16 +87,18 @@ def esc50(
 )->tuple[list[Record], Report]: # lazy records, one label each
     "Read ESC-50 (Piczak 2015)"
     if not folds or not set(folds) <= {1, 2, 3, 4, 5}: raise ValueError(f"folds must be among 1 to 5, got {folds}")
-    root, records = Path(root), []
-    rows = _rows(root/'meta'/'esc50.csv', ('filename', 'fold', 'target', 'category'))
+    root, report, records = Path(root), Report(f"ESC-50 folds {', '.join(map(str, folds))}"), []
+    rows = _rows(root/'meta'/'esc50.csv', ('filename', 'category'), ('fold', 'target'), report)
     if classes is not None and (unknown := sorted(set(classes) - {r['category'] for r in rows})):
         raise ValueError(f"classes not in the table: {', '.join(unknown)}")
-    rows = [r for r in rows if int(r['fold']) in folds and (classes is None or r['category'] in classes)]
-    report = Report(f"ESC-50 folds {', '.join(map(str, folds))}", rows=len(rows))
+    for row in rows:
+        if row['fold'] not in (1, 2, 3, 4, 5): report.skip(row['filename'], 'fold must be 1 to 5')
+    rows = [r for r in rows if r['fold'] in folds and (classes is None or r['category'] in classes)]
+    report.rows = len(rows) + len(report.skipped)
     for row in rows:
         path = root/'audio'/row['filename']
-        if not path.exists(): report.skip(row['filename'], 'no such clip')
-        elif record := _record(path, report, (), (row['category'],), fold=int(row['fold']), target=int(row['target']),
+        if not os.path.isfile(path): report.skip(row['filename'], 'no such clip')
+        elif record := _record(path, report, (), (row['category'],), fold=row['fold'], target=row['target'],
                                source=row.get('src_file'), licence='CC BY-NC 3.0'): records.append(record)
     report.clips = len(records)
     return records, report
