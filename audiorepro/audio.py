@@ -7,13 +7,14 @@ __all__ = ['Record', 'check_wav', 'to_mono', 'resample', 'load_audio', 'normaliz
            'save_audio', 'play', 'plot_wav', 'mel_ticks', 'plot_mels']
 
 # %% ../nbs/10_audio.ipynb #ed13a0fd
-import io, math, struct, warnings
+import io, math, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor
 
+from .containers import read_sound
 from .core import write_atomic
 
 # %% ../nbs/10_audio.ipynb #f12cfe27
@@ -83,47 +84,6 @@ def resample(
     out = soxr.resample(np.ascontiguousarray(wav.detach().cpu().T.numpy()), rate_in, rate_out)
     return torch.from_numpy(np.ascontiguousarray(out.T)).to(wav)
 
-# %% ../nbs/10_audio.ipynb #82c4c042
-def _ends(path, n=1 << 17):
-    "First and last bytes of a file, and its size"
-    with open(path, 'rb') as f:
-        head, size = f.read(n), f.seek(0, 2)
-        f.seek(max(0, size - n))
-        return head, f.read(), size
-
-def _missing_wav(head, size):
-    "Bytes that the `data` chunk of a RIFF file promises and the file lacks"
-    pos = 12
-    while pos + 8 <= len(head):
-        name, length = struct.unpack('<4sI', head[pos:pos + 8])
-        is_stream = length in (0, 2**32 - 1)  # of unknown length
-        if name == b'data': return 0 if is_stream else pos + 8 + length - size
-        pos += 8 + length + length % 2
-    return 0
-
-def _missing_ogg(tail):
-    "Bytes that the last page of an Ogg file lacks; at least 1 when it is not marked as the last"
-    page = tail.rfind(b'OggS')
-    if page < 0 or len(tail) < page + 27: return 1
-    sizes = tail[page + 27:page + 27 + tail[page + 26]]
-    return max(page + 27 + tail[page + 26] + sum(sizes) - len(tail), 0 if tail[page + 5] & 4 else 1)
-
-def _missing_mp3(head, size, frames_left):
-    "Bytes, or samples, that the `Xing`/`Info` tag of an MP3 promises; without the tag its length is a guess, so 0"
-    pos = max(head.find(b'Xing'), head.find(b'Info'))
-    if pos < 0: return 0
-    flags, _, length = struct.unpack('>III', head[pos + 4:pos + 16].ljust(12, b'\0'))
-    short = length - (size - pos) if flags & 3 == 3 else 0
-    return short if short > 36 else frames_left if frames_left > 1152 else 0  # the tag lies up to 36 bytes inside
-
-def _missing(path, frames_left):
-    "How much of a file is missing at its end; `frames_left` of the samples were promised but not decoded"
-    head, tail, size = _ends(path)
-    if head[:4] == b'RIFF': return _missing_wav(head, size)
-    if head[:4] == b'OggS': return _missing_ogg(tail)
-    if head[:4] == b'fLaC': return frames_left
-    return _missing_mp3(head, size, frames_left)
-
 # %% ../nbs/10_audio.ipynb #ac3b9cbf
 def load_audio(
     path:str|Path, # WAV, FLAC, OGG, MP3 or anything else that libsndfile reads
@@ -132,20 +92,12 @@ def load_audio(
     channel:int|None=None, # take this one, 0-based; None: the mean of all
 )->tuple[Tensor, int]: # `(1, samples)` float32 and its sample rate in Hz
     "Read a file as mono; `ValueError` names the file and what is wrong with it"
-    import soundfile
-    if duration is not None and duration <= 0: raise ValueError(f"duration must be positive, got {duration} seconds")
-    if not Path(path).exists(): raise FileNotFoundError(f"{path} does not exist")
-    try:
-        with soundfile.SoundFile(str(path)) as f:
-            rate, total = f.samplerate, f.frames
-            frames = total if duration is None else min(total, math.ceil(duration*rate))
-            data = f.read(frames, dtype='float32', always_2d=True)
-    except (RuntimeError, OSError, ValueError, MemoryError) as e:
-        raise ValueError(f"{path} cannot be read as sound: it is damaged or of another kind ({e})") from e
-    if (gone := _missing(path, frames - len(data))) > 0:
-        raise ValueError(f"{path} is truncated or damaged: at least {gone} bytes or samples are missing")
+    if duration is not None and not 0 < duration < math.inf:
+        raise ValueError(f"duration must be positive, got {duration} seconds")
+    data, rate = read_sound(path, duration)
     wav = to_mono(check_wav(torch.from_numpy(data.T), str(path)), channel, str(path))
-    return resample(wav, rate, sample_rate or rate), sample_rate or rate
+    sample_rate = rate if sample_rate is None else sample_rate
+    return resample(wav, rate, sample_rate), sample_rate
 
 # %% ../nbs/10_audio.ipynb #57baea70
 def normalize(
