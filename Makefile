@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.stamp-installed
 INDEX  := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tour train test lab check notebooks weights claims clap-env
+.PHONY: help setup tour train test lab export check notebooks weights claims clap-env
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,10 +33,13 @@ test: $(STAMP)  ## all tests, then every lesson in a fresh kernel
 lab: $(STAMP)  ## JupyterLab on the lessons
 	$(BIN)/jupyter lab --notebook-dir=nbs
 
+export: $(STAMP)  ## notebooks -> package, with docstrings made of the comments on each parameter
+	$(BIN)/python tests/export.py
+
 check: $(STAMP)  ## clean, generate exercises, export, lint, notebooks in step with the package and their outputs
 	$(BIN)/nbdev_clean
 	$(BIN)/python tests/lessons.py exercises
-	$(BIN)/nbdev_export
+	$(BIN)/python tests/export.py
 	$(BIN)/ruff check audiorepro tests setup.py
 	$(BIN)/python tests/lessons.py stale
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_style.py

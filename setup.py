@@ -14,7 +14,7 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else '',
     long_description_content_type='text/markdown', python_requires='>='+cfg['min_python'],
     packages=find_packages(include=['audiorepro', 'audiorepro.*']),
-    package_data={'audiorepro': ['weights/*/*.json', 'weights/*/*.safetensors', 'weights/*.json']},
+    package_data={'audiorepro': ['py.typed', 'weights/*/*.json', 'weights/*/*.safetensors', 'weights/*.json']},
     include_package_data=False, zip_safe=False,
     install_requires=shlex.split(cfg['requirements']),
     extras_require={name: shlex.split(cfg[f'{name}_requirements']) for name in ('dev', 'clap', 'speech')},

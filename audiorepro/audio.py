@@ -20,7 +20,23 @@ from .core import write_atomic
 # %% ../nbs/10_audio.ipynb #f12cfe27
 @dataclass
 class Record:
-    "One sound with what is known about it; a sound in a file (`meta['path']`) is read when `wav` is asked for"
+    """One sound with what is known about it; a sound in a file (`meta['path']`) is read when `wav` is asked for
+
+    Parameters
+    ----------
+    id : str
+        unique in its data set
+    wav : Tensor|None, default=field(repr=False, compare=False)
+        (samples,) float32 mono in [-1, 1]; None: in a file
+    sample_rate : int, default=16_000
+        Hz
+    captions : tuple[str, ...], default=()
+        any number of descriptions
+    labels : tuple[str, ...], default=()
+        class names
+    meta : dict, default=field(default_factory=dict)
+        path, licence, transcript, toy truth, ...
+    """
     id:str                                                  # unique in its data set
     wav:Tensor|None = field(repr=False, compare=False)      # (samples,) float32 mono in [-1, 1]; None: in a file
     sample_rate:int = 16_000                                # Hz
@@ -41,7 +57,20 @@ def check_wav(
     wav:Tensor, # `(samples,)` or `(B, samples)` in [-1, 1]
     name:str='wav', # named in the error: an argument or a file
 )->Tensor: # `wav` itself
-    "Refuse what is not sound: wrong type or shape, empty, NaN, integers passed off as floats"
+    """Refuse what is not sound: wrong type or shape, empty, NaN, integers passed off as floats
+
+    Parameters
+    ----------
+    wav : Tensor
+        `(samples,)` or `(B, samples)` in [-1, 1]
+    name : str, default='wav'
+        named in the error: an argument or a file
+
+    Returns
+    -------
+    Tensor
+        `wav` itself
+    """
     if not isinstance(wav, Tensor) or not wav.is_floating_point():
         raise ValueError(f"{name} must be a floating-point tensor, got {getattr(wav, 'dtype', type(wav).__name__)}")
     if wav.ndim not in (1, 2):
@@ -59,7 +88,22 @@ def to_mono(
     channel:int|None=None, # take this one, 0-based; None: the mean of all
     name:str='wav', # named in the warning
 )->Tensor: # `(1, samples)`
-    "Mix down to one channel; warn when the channels cancel each other"
+    """Mix down to one channel; warn when the channels cancel each other
+
+    Parameters
+    ----------
+    wav : Tensor
+        `(channels, samples)`
+    channel : int|None, default=None
+        take this one, 0-based; None: the mean of all
+    name : str, default='wav'
+        named in the warning
+
+    Returns
+    -------
+    Tensor
+        `(1, samples)`
+    """
     if channel is not None:
         if not 0 <= channel < len(wav): raise ValueError(f"channel must be in 0..{len(wav) - 1}, got {channel}")
         return wav[channel:channel + 1]
@@ -77,7 +121,22 @@ def resample(
     rate_in:int, # Hz
     rate_out:int, # Hz
 )->Tensor: # `(B, round(samples*rate_out/rate_in))`
-    "Change the sample rate with a steep low-pass filter, so that nothing folds back (libsoxr)"
+    """Change the sample rate with a steep low-pass filter, so that nothing folds back (libsoxr)
+
+    Parameters
+    ----------
+    wav : Tensor
+        `(B, samples)`
+    rate_in : int
+        Hz
+    rate_out : int
+        Hz
+
+    Returns
+    -------
+    Tensor
+        `(B, round(samples*rate_out/rate_in))`
+    """
     import soxr
     if rate_in <= 0 or rate_out <= 0: raise ValueError(f"sample rates must be positive, got {rate_in} and {rate_out}")
     if rate_in == rate_out: return wav
@@ -91,7 +150,24 @@ def load_audio(
     duration:float|None=None, # seconds to read from the start; None: all
     channel:int|None=None, # take this one, 0-based; None: the mean of all
 )->tuple[Tensor, int]: # `(1, samples)` float32 and its sample rate in Hz
-    "Read a file as mono; `ValueError` names the file and what is wrong with it"
+    """Read a file as mono; `ValueError` names the file and what is wrong with it
+
+    Parameters
+    ----------
+    path : str|Path
+        WAV, FLAC, OGG, MP3 or anything else that libsndfile reads
+    sample_rate : int|None, default=None
+        Hz to convert to; None: as in the file
+    duration : float|None, default=None
+        seconds to read from the start; None: all
+    channel : int|None, default=None
+        take this one, 0-based; None: the mean of all
+
+    Returns
+    -------
+    tuple[Tensor, int]
+        `(1, samples)` float32 and its sample rate in Hz
+    """
     if duration is not None and not 0 < duration < math.inf:
         raise ValueError(f"duration must be positive, got {duration} seconds")
     data, rate = read_sound(path, duration)
@@ -104,7 +180,20 @@ def normalize(
     wav:Tensor, # `(..., samples)`
     peak:float=.5, # largest magnitude afterwards
 )->Tensor: # like `wav`
-    "Remove the mean, then scale to a peak; silence stays silence (AudioLDM's preparation of clips)"
+    """Remove the mean, then scale to a peak; silence stays silence (AudioLDM's preparation of clips)
+
+    Parameters
+    ----------
+    wav : Tensor
+        `(..., samples)`
+    peak : float, default=.5
+        largest magnitude afterwards
+
+    Returns
+    -------
+    Tensor
+        like `wav`
+    """
     wav = wav - wav.mean(-1, keepdim=True)
     return peak*wav/(wav.abs().amax(-1, keepdim=True) + 1e-8)
 
@@ -112,20 +201,57 @@ def fit_length(
     wav:Tensor, # `(..., any)`
     samples:int, # wanted length
 )->Tensor: # `(..., samples)`
-    "Cut at the end, or fill with zeros"
+    """Cut at the end, or fill with zeros
+
+    Parameters
+    ----------
+    wav : Tensor
+        `(..., any)`
+    samples : int
+        wanted length
+
+    Returns
+    -------
+    Tensor
+        `(..., samples)`
+    """
     return F.pad(wav[..., :samples], (0, max(0, samples - wav.shape[-1])))
 
 def level_db(
     wav:Tensor, # `(..., samples)`
 )->Tensor: # `(...)` dB below a full-scale square wave
-    "Root mean square level in decibels"
+    """Root mean square level in decibels
+
+    Parameters
+    ----------
+    wav : Tensor
+        `(..., samples)`
+
+    Returns
+    -------
+    Tensor
+        `(...)` dB below a full-scale square wave
+    """
     return 20*wav.square().mean(-1).sqrt().clamp(min=1e-8).log10()
 
 def turn_down(
     wav:Tensor, # `(B, samples)`, may exceed full scale
     peak:float=.98, # largest magnitude allowed
 )->Tensor: # `(B, samples)`; clips within `peak` are untouched
-    "Scale each clip that is too loud down to `peak`, and say so: cutting its tops off would add a crackle"
+    """Scale each clip that is too loud down to `peak`, and say so: cutting its tops off would add a crackle
+
+    Parameters
+    ----------
+    wav : Tensor
+        `(B, samples)`, may exceed full scale
+    peak : float, default=.98
+        largest magnitude allowed
+
+    Returns
+    -------
+    Tensor
+        `(B, samples)`; clips within `peak` are untouched
+    """
     gain = (peak/wav.abs().amax(-1, keepdim=True).clamp(min=1e-8)).clamp(max=1.)
     if (loud := gain < 1).any():
         warnings.warn(f"{int(loud.sum())} of {len(wav)} clips exceed full scale and are turned down by up to "
@@ -146,7 +272,17 @@ def save_audio(
     wav:Tensor, # `(samples,)` or `(channels, samples)` in [-1, 1]
     sample_rate:int, # Hz
 ):
-    "Write a sound file as a whole or not at all; louder than full scale is clipped, with a warning"
+    """Write a sound file as a whole or not at all; louder than full scale is clipped, with a warning
+
+    Parameters
+    ----------
+    path : str|Path
+        ends in .wav (16 bit), .flac, .ogg or .mp3
+    wav : Tensor
+        `(samples,)` or `(channels, samples)` in [-1, 1]
+    sample_rate : int
+        Hz
+    """
     path, kind = Path(path), Path(path).suffix.lower().lstrip('.')
     if kind not in ('wav', 'flac', 'ogg', 'mp3'):
         raise ValueError(f"path must end in .wav, .flac, .ogg or .mp3, got {path}")
@@ -162,7 +298,21 @@ def play(
     sample_rate:int, # Hz
     caption:str|None=None, # written above the player
 ):  # object that shows itself in a notebook
-    "A player for the browser, as MP3: about 11 kB for a clip of 2.56 seconds"
+    """A player for the browser, as MP3: about 11 kB for a clip of 2.56 seconds
+
+    Parameters
+    ----------
+    wav : Tensor
+        `(samples,)` or `(1, samples)` in [-1, 1]
+    sample_rate : int
+        Hz
+    caption : str|None, default=None
+        written above the player
+
+    Returns
+    -------
+    object that shows itself in a notebook
+    """
     from html import escape
     from IPython.display import HTML, Audio
     check_wav(wav)
@@ -177,7 +327,21 @@ def plot_wav(
     sample_rate:int, # Hz
     title:str|None=None, # above the picture
 ):  # matplotlib figure
-    "Draw a waveform over time"
+    """Draw a waveform over time
+
+    Parameters
+    ----------
+    wav : Tensor
+        `(samples,)` or `(1, samples)`
+    sample_rate : int
+        Hz
+    title : str|None, default=None
+        above the picture
+
+    Returns
+    -------
+    matplotlib figure
+    """
     import matplotlib.pyplot as plt
     wav = wav.detach().cpu().flatten()
     fig, ax = plt.subplots(figsize=(6.4, 2), layout='constrained')
@@ -191,7 +355,20 @@ def mel_ticks(
     bands:int, # number of mel bands
     fmax_khz:float, # upper edge of the highest band, kHz
 )->tuple[list, list]: # positions in bands, and their frequencies in kHz
-    "Where round frequencies lie on an axis of Slaney mel bands that start at 0 Hz"
+    """Where round frequencies lie on an axis of Slaney mel bands that start at 0 Hz
+
+    Parameters
+    ----------
+    bands : int
+        number of mel bands
+    fmax_khz : float
+        upper edge of the highest band, kHz
+
+    Returns
+    -------
+    tuple[list, list]
+        positions in bands, and their frequencies in kHz
+    """
     mel = lambda khz: 15*khz if khz < 1 else 15 + 27*math.log(khz)/math.log(6.4)
     marks = [f for f in (0, .5, 1, 2, 4, 8, 16) if f <= fmax_khz]
     return [mel(f)/mel(fmax_khz)*(bands + 1) - 1 for f in marks], [f'{f:g}' for f in marks]
@@ -205,7 +382,29 @@ def plot_mels(
     limits:tuple|None=None, # smallest and largest value drawn; None: of all the pictures together
     label:str='log magnitude', # of the colour bar
 ):  # matplotlib figure
-    "Draw log-mels side by side, time to the right, with one range of colours"
+    """Draw log-mels side by side, time to the right, with one range of colours
+
+    Parameters
+    ----------
+    mels
+        log-mels, each `(..., T, F)` with leading sizes of 1
+    titles
+        one string for each
+    hop_seconds : float, default=.01
+        time between two frames
+    fmax_khz : float, default=8.
+        upper end of the highest band
+    columns : int, default=4
+        pictures in a row
+    limits : tuple|None, default=None
+        smallest and largest value drawn; None: of all the pictures together
+    label : str, default='log magnitude'
+        of the colour bar
+
+    Returns
+    -------
+    matplotlib figure
+    """
     import matplotlib.pyplot as plt
     mels = [m.detach().cpu().float().reshape(m.shape[-2:]).numpy() for m in mels]
     if len(mels) != len(titles): raise ValueError(f"titles must be as many as mels: {len(titles)} and {len(mels)}")

@@ -9,6 +9,7 @@ __all__ = ['TABLE_1', 'AudioLDM2Config', 'TextToLatent', 'generator_condition', 
 
 # %% ../nbs/53_audioldm2.ipynb #995c4eab
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -36,7 +37,23 @@ from .public import find_pipeline, read_pipeline, text_states
 # %% ../nbs/53_audioldm2.ipynb #b66d3603
 @dataclass(frozen=True)
 class AudioLDM2Config(Config):
-    "The two generators of AudioLDM 2 and what connects them"
+    """The two generators of AudioLDM 2 and what connects them
+
+    Parameters
+    ----------
+    unet : UNetConfig
+        T-UNet: contexts (none, LOA, T5)
+    loa : LOAConfig
+        GPT-2 translator: conditions (CLAP, T5)
+    schedule : Schedule
+        diffusion schedule and prediction type
+    mel : MelConfig
+        front end of the VAE
+    lam : int, default=8
+        pooling factor lambda of the LOA
+    clip_seconds : float, default=10.24
+        s, length of the training clips
+    """
     unet:UNetConfig           # T-UNet: contexts (none, LOA, T5)
     loa:LOAConfig             # GPT-2 translator: conditions (CLAP, T5)
     schedule:Schedule         # diffusion schedule and prediction type
@@ -69,7 +86,22 @@ def generator_condition(
     t5:tuple, # `(states (B, L, D), mask (B, L))`
     contexts:tuple, # of the T-UNet's config; the T5 states are used when it has a second context
 )->Condition: # what the T-UNet attends to: LOA first, then T5
-    "Collect the contexts of the T-UNet (AudioLDM 2, sec. III-D1)"
+    """Collect the contexts of the T-UNet (AudioLDM 2, sec. III-D1)
+
+    Parameters
+    ----------
+    loa : Tensor
+        `(B, N, D)` language of audio
+    t5 : tuple
+        `(states (B, L, D), mask (B, L))`
+    contexts : tuple
+        of the T-UNet's config; the T5 states are used when it has a second context
+
+    Returns
+    -------
+    Condition
+        what the T-UNet attends to: LOA first, then T5
+    """
     wanted = [c for c in contexts if c is not None]
     return Condition(((loa, all_true(loa)), t5)[:len(wanted)])
 
@@ -78,7 +110,22 @@ def null_condition(
     t5_null:tuple, # T5 states and mask of the empty prompt, batch 1
     contexts:tuple, # of the T-UNet's config
 )->Condition: # the condition that says nothing: zeros for the LOA, the encoding of "" for T5
-    "Empty condition for classifier-free guidance (AudioLDM 2, sec. III-D2)"
+    """Empty condition for classifier-free guidance (AudioLDM 2, sec. III-D2)
+
+    Parameters
+    ----------
+    loa : Tensor
+        `(B, N, D)`, only its shape counts
+    t5_null : tuple
+        T5 states and mask of the empty prompt, batch 1
+    contexts : tuple
+        of the T-UNet's config
+
+    Returns
+    -------
+    Condition
+        the condition that says nothing: zeros for the LOA, the encoding of "" for T5
+    """
     states, mask = (x.expand(len(loa), *x.shape[1:]) for x in t5_null)
     return generator_condition(torch.zeros_like(loa), (states, mask), contexts)
 
@@ -92,7 +139,30 @@ def joint_loss(
     cond_drop_prob:float=.1, # chance that this batch sees no condition at all
     drop_one_prob:float=0., # chance that it sees only one of LOA and T5, either as likely: ours, so that both are read
 )->dict: # `loss` = `loss_simple` + `loss_loa`
-    "One step of joint finetuning: a coin per batch picks true or predicted LOA (AudioLDM 2, sec. III-D3)"
+    """One step of joint finetuning: a coin per batch picks true or predicted LOA (AudioLDM 2, sec. III-D3)
+
+    Parameters
+    ----------
+    model : TextToLatent
+        both halves
+    batch : dict
+        `z_0` `(B, 8, T, F)`, `loa` `(B, N, D)`, `clap` `(B, 1, D)`, `t5` `(B, L, D)`, `t5_mask` `(B, L)`
+    ctx
+        its `generator` tosses the coins and draws the noise
+    t5_null : tuple
+        T5 states and mask of the empty prompt, batch 1
+    p_gt : float, default=.25
+        chance that the T-UNet of this batch sees the true LOA
+    cond_drop_prob : float, default=.1
+        chance that this batch sees no condition at all
+    drop_one_prob : float, default=0.
+        chance that it sees only one of LOA and T5, either as likely: ours, so that both are read
+
+    Returns
+    -------
+    dict
+        `loss` = `loss_simple` + `loss_loa`
+    """
     conds, truth = loa_conditions(batch), batch['loa'].float()
     loss_loa = loa_criterion(model.loa(conds, truth), truth, model.cfg.loa.loss)
     use_truth = torch.rand((), generator=ctx.generator) < p_gt
@@ -107,7 +177,23 @@ def joint_loss(
 
 # %% ../nbs/53_audioldm2.ipynb #2602df02
 class AudioLDM2:
-    "The pipeline: frozen text encoders, VAE and vocoder around the trained `TextToLatent` (AudioLDM 2, eq. 1)"
+    """The pipeline: frozen text encoders, VAE and vocoder around the trained `TextToLatent` (AudioLDM 2, eq. 1)
+
+    Parameters
+    ----------
+    halves : TextToLatent
+        what was trained for the task
+    clap : CLAP
+        first text encoder; `HFCLAP` in a published system
+    t5 : T5
+        second text encoder; `HFT5` in a published system
+    vae : VAE
+        latents -> log-mel
+    vocoder : HifiGan|None, default=None
+        log-mel -> waveform; None is Griffin-Lim
+    null_loa : str, default='zeros'
+        LOA of the empty condition: 'zeros' (authors) or 'generated' from "" (diffusers)
+    """
     def __init__(self,
         halves:TextToLatent, # what was trained for the task
         clap:CLAP, # first text encoder; `HFCLAP` in a published system
@@ -129,7 +215,21 @@ class AudioLDM2:
         null_loa:str='zeros', # see `AudioLDM2`
         **options, # `head_layout` and `text_padding` of a published system, see `public.read_pipeline`
     ):
-        "Load all parts; errors name the file and the reason"
+        """Load all parts; errors name the file and the reason
+
+        Parameters
+        ----------
+        name : default='toy'
+            `"toy"`, `"mine"`, a folder of ours, or a published system: folder, file or hub id
+        device : default='cpu'
+            where the parts go
+        dtype : torch.dtype, default=torch.float32
+            of the weights
+        null_loa : str, default='zeros'
+            see `AudioLDM2`
+        **options
+            `head_layout` and `text_padding` of a published system, see `public.read_pipeline`
+        """
         if path := find_pipeline(name):
             p = read_pipeline(path, **options)
             cfg = AudioLDM2Config(p['unet'].cfg, p['loa'].cfg, p['schedule'], p['mel'], clip_seconds=p['clip_seconds'])
@@ -145,18 +245,26 @@ class AudioLDM2:
         folder, # made when missing; one subfolder per part
         dtype:torch.dtype|None=None, # of the saved tensors
     ):
-        "Save the four parts so that `from_pretrained(folder)` restores them"
+        """Save the four parts so that `from_pretrained(folder)` restores them
+
+        Parameters
+        ----------
+        folder
+            made when missing; one subfolder per part
+        dtype : torch.dtype|None, default=None
+            of the saved tensors
+        """
         if self.vocoder: raise ValueError("save_pretrained keeps systems of this kit; a published one stays as it came")
         for part in self.parts(): part.save_pretrained(f'{folder}/{part.component}', dtype)
 
-    def __call__(self,
-        prompt:str|list, # what to hear
-        **options, # see `generate`
-    )->Tensor: # `(B, samples)` float32 in [-1, 1]
-        "Turn prompts into waveforms: `generate`"
-        return generate(self, prompt, **options)
+    __call__:Callable[..., Tensor] # `generate`, defined below: `pipe(prompt)` is `generate(pipe, prompt)`
 
     def parts(self)->tuple: # the modules, the vocoder where there is one
+        """Returns
+        -------
+        tuple
+            the modules, the vocoder where there is one
+        """
         return (self.halves, self.clap, self.t5, self.vae, *([self.vocoder] if self.vocoder else []))
 
     def to(self, device=None, dtype=None): # a torch device, a floating type
@@ -171,7 +279,22 @@ def encode_prompts(
     prompts:list, # of str; "" is allowed here
     length:int|None=None, # of the T5 states, in tokens; None is the longest prompt
 )->Condition: # LOA `(B, N, D)` and T5 states `(B, L, D)`
-    "Text -> CLAP and T5 -> GPT-2 -> LOA (AudioLDM 2, sec. III-C)"
+    """Text -> CLAP and T5 -> GPT-2 -> LOA (AudioLDM 2, sec. III-C)
+
+    Parameters
+    ----------
+    pipe : AudioLDM2
+        the pipeline
+    prompts : list
+        of str; "" is allowed here
+    length : int|None, default=None
+        of the T5 states, in tokens; None is the longest prompt
+
+    Returns
+    -------
+    Condition
+        LOA `(B, N, D)` and T5 states `(B, L, D)`
+    """
     clap, t5 = pipe.clap.encode_text(prompts)[:, None], text_states(pipe.t5, prompts, length)
     loa = pipe.halves.loa.generate([(clap, all_true(clap)), t5])
     return generator_condition(loa, t5, pipe.cfg.unet.contexts)
@@ -181,7 +304,20 @@ def encode_nothing(
     pipe:AudioLDM2, # the pipeline
     cond:Condition, # of the prompts; only its shapes count
 )->Condition: # LOA as `pipe.null_loa` says, the T5 states of ""
-    "The unconditional branch: zeros as in the authors' code, or what GPT-2 says to the empty prompt as in diffusers"
+    """The unconditional branch: zeros as in the authors' code, or what GPT-2 says to the empty prompt as in diffusers
+
+    Parameters
+    ----------
+    pipe : AudioLDM2
+        the pipeline
+    cond : Condition
+        of the prompts; only its shapes count
+
+    Returns
+    -------
+    Condition
+        LOA as `pipe.null_loa` says, the T5 states of ""
+    """
     if pipe.null_loa == 'generated': return encode_prompts(pipe, ['']*len(cond), _common_length(pipe, cond))
     return null_condition(cond.contexts[0][0], pipe.t5.encode(['']), pipe.cfg.unet.contexts)
 
@@ -195,7 +331,20 @@ def latent_shape(
     cfg:AudioLDM2Config, # hop, clip length, channels
     frames:int|None=None, # latent frames; None is a whole clip
 )->tuple: # (C, T, F)
-    "Shape of one latent"
+    """Shape of one latent
+
+    Parameters
+    ----------
+    cfg : AudioLDM2Config
+        hop, clip length, channels
+    frames : int|None, default=None
+        latent frames; None is a whole clip
+
+    Returns
+    -------
+    tuple
+        (C, T, F)
+    """
     frames = frames or round(cfg.clip_seconds*cfg.mel.sample_rate)//(4*cfg.mel.hop_length)
     return cfg.unet.in_channels, frames, cfg.mel.n_mels//4
 
@@ -203,7 +352,20 @@ def latent_frames(
     cfg:AudioLDM2Config, # hop, clip length, depth of the T-UNet
     seconds:float, # wanted length
 )->tuple: # (latent frames, samples)
-    "Round the wanted length up to what the T-UNet can halve; the surplus is cut from the waveform"
+    """Round the wanted length up to what the T-UNet can halve; the surplus is cut from the waveform
+
+    Parameters
+    ----------
+    cfg : AudioLDM2Config
+        hop, clip length, depth of the T-UNet
+    seconds : float
+        wanted length
+
+    Returns
+    -------
+    tuple
+        (latent frames, samples)
+    """
     if not 0 < seconds <= 4*cfg.clip_seconds:
         raise ValueError(f"audio_length_in_s must lie in (0, {4*cfg.clip_seconds:g}], got {seconds}")
     if seconds > cfg.clip_seconds + 1e-6:
@@ -257,7 +419,44 @@ def generate(
     output:str='wav', # 'wav' or 'latents'
     progress:bool=False, # show a bar
 )->Tensor: # `(B, samples)` float32 in [-1, 1], or scaled latents `(B, C, T, F)`
-    "Turn prompts into waveforms (AudioLDM 2, eq. 1)"
+    """Turn prompts into waveforms (AudioLDM 2, eq. 1)
+
+    Parameters
+    ----------
+    pipe : AudioLDM2
+        the pipeline
+    prompt : str|list
+        what to hear, one text or several
+    negative_prompt : str|list|None, default=None
+        what to move away from; None is the empty condition
+    audio_length_in_s : float|None, default=None
+        None is the length of the training clips
+    num_inference_steps : int, default=50
+        DDIM steps
+    guidance_scale : float, default=3.5
+        1 is no guidance
+    guidance_rescale : float, default=0.
+        takes contrast back that guidance adds, 0 .. 1, see `sampling.rescale_guided`
+    num_waveforms_per_prompt : int, default=1
+        candidates, returned best CLAP score first
+    eta : float, default=0.
+        0 is deterministic DDIM, 1 is as noisy as DDPM
+    seed : int|list|None, default=None
+        an int gives item i the seed `seed + i`
+    generator : torch.Generator|None, default=None
+        used when there is no seed
+    latents : Tensor|None, default=None
+        `(B, C, T, F)` starting noise
+    output : str, default='wav'
+        'wav' or 'latents'
+    progress : bool, default=False
+        show a bar
+
+    Returns
+    -------
+    Tensor
+        `(B, samples)` float32 in [-1, 1], or scaled latents `(B, C, T, F)`
+    """
     prompts, copies, seconds = _as_list(pipe, prompt, 'prompt'), num_waveforms_per_prompt, audio_length_in_s
     if copies < 1: raise ValueError(f"num_waveforms_per_prompt must be at least 1, got {copies}")
     if output not in ('wav', 'latents'): raise ValueError(f"output must be 'wav' or 'latents', got {output!r}")
@@ -273,6 +472,8 @@ def generate(
     wavs = latents_to_wav(pipe, z_0, samples)
     return _rank_by_clap(pipe, wavs, prompts, copies) if copies > 1 else wavs
 
+AudioLDM2.__call__ = generate
+
 # %% ../nbs/53_audioldm2.ipynb #88575c57
 @torch.no_grad()
 def latents_to_wav(
@@ -281,7 +482,24 @@ def latents_to_wav(
     samples:int, # length of the waveforms
     limit:bool=True, # turn clips down that exceed full scale, with a warning
 )->Tensor: # `(B, samples)` float32, in [-1, 1] when limited
-    "Latents -> mel by the VAE -> waveform by the vocoder or by Griffin-Lim"
+    """Latents -> mel by the VAE -> waveform by the vocoder or by Griffin-Lim
+
+    Parameters
+    ----------
+    pipe : AudioLDM2
+        gives the VAE and the mel front end
+    z_0 : Tensor
+        `(B, C, T, F)` scaled latents
+    samples : int
+        length of the waveforms
+    limit : bool, default=True
+        turn clips down that exceed full scale, with a warning
+
+    Returns
+    -------
+    Tensor
+        `(B, samples)` float32, in [-1, 1] when limited
+    """
     mel = pipe.vae.from_latent(z_0.to(pipe.vae.scale_factor.dtype))
     wavs = pipe.vocoder.to_wav(mel) if pipe.vocoder else griffin_lim(mel.float().cpu(), pipe.cfg.mel)
     return turn_down(wavs[:, :samples].float().cpu()) if limit else wavs[:, :samples].float().cpu()
@@ -308,7 +526,26 @@ def joint_tensors(
     family:str|None=None, # None mixes; 'event', 'melody', 'speech'
     muted:bool=False, # T5 says nothing: the arm with CLAP alone
 )->dict: # what `joint_loss` takes, half precision
-    "Run all frozen parts once over the training clips"
+    """Run all frozen parts once over the training clips
+
+    Parameters
+    ----------
+    clips : int
+        clips of the toy set
+    weights : str, default='mine'
+        of VAE, AudioMAE, CLAP and T5
+    wordings : int, default=2
+        captions a clip
+    family : str|None, default=None
+        None mixes; 'event', 'melody', 'speech'
+    muted : bool, default=False
+        T5 says nothing: the arm with CLAP alone
+
+    Returns
+    -------
+    dict
+        what `joint_loss` takes, half precision
+    """
     toy = toy_set(clips, family=family)
     vae, audiomae, clap, t5 = (part.from_pretrained(weights) for part in (VAE, AudioMAE, CLAP, T5))
     tensors = loa_tensors(toy, audiomae, clap, Muted(t5) if muted else t5, wordings=wordings)
@@ -323,7 +560,30 @@ def toy_recipe(
     name:str='audioldm2', # folder of the result
     muted:bool=False, # T5 says nothing: the arm with CLAP alone
 )->Recipe: # for `run_recipe`
-    "Joint finetuning at toy scale: the T-UNet of latent diffusion gains a T5 context, GPT-2 continues (sec. III-D3)"
+    """Joint finetuning at toy scale: the T-UNet of latent diffusion gains a T5 context, GPT-2 continues (sec. III-D3)
+
+    Parameters
+    ----------
+    budget : str, default='short'
+        'short' or 'full'; they differ in steps only
+    weights : str, default='mine'
+        of the parts trained before
+    seed : int, default=0
+        of order, coins and noise
+    clips : int, default=8000
+        clips of the toy set
+    family : str|None, default=None
+        see `TABLE_1`
+    name : str, default='audioldm2'
+        folder of the result
+    muted : bool, default=False
+        T5 says nothing: the arm with CLAP alone
+
+    Returns
+    -------
+    Recipe
+        for `run_recipe`
+    """
     ldm = UNet.from_pretrained(f'{weights}/ldm')
     cfg = replace(AudioLDM2Config.toy(), unet=replace(ldm.cfg, contexts=(*ldm.cfg.contexts, 128)))
     model = TextToLatent(cfg)
@@ -338,7 +598,23 @@ def toy_recipe(
 # %% ../nbs/53_audioldm2.ipynb #550e47fb
 @dataclass(frozen=True)
 class Row(Config):
-    "One row of Table I (AudioLDM 2)"
+    """One row of Table I (AudioLDM 2)
+
+    Parameters
+    ----------
+    lam : int
+        pooling factor of the LOA
+    params_paper : str
+        parameters as printed
+    data : tuple
+        corpora
+    conditions : tuple
+        what GPT-2 is given
+    preset : str
+        classmethod of `UNetConfig`
+    toy : str|None
+        family of the toy world that stands for the corpora
+    """
     lam:int             # pooling factor of the LOA
     params_paper:str    # parameters as printed
     data:tuple          # corpora
@@ -363,7 +639,22 @@ def table_recipe(
     budget:str='short', # as in `toy_recipe`
     **options, # as in `toy_recipe`
 )->Recipe: # for `run_recipe`
-    "The toy counterpart of one row of Table I"
+    """The toy counterpart of one row of Table I
+
+    Parameters
+    ----------
+    row : str
+        a key of `TABLE_1`
+    budget : str, default='short'
+        as in `toy_recipe`
+    **options
+        as in `toy_recipe`
+
+    Returns
+    -------
+    Recipe
+        for `run_recipe`
+    """
     if row not in TABLE_1: raise ValueError(f"row must be one of {', '.join(TABLE_1)}, got {row!r}")
     family = TABLE_1[row].toy
     if family is None: raise ValueError(f"row {row!r} needs phonemes, which this lesson does not have")
@@ -379,7 +670,30 @@ def paper_recipe(
     batch_size:int=16, # per device, released configuration
     warmup_steps:int=10_000, # paper, sec. IV-E
 )->Recipe: # for `run_recipe`, under `accelerate launch` on several GPUs
-    "Joint finetuning on a real corpus: frozen parts run inside the loss (AudioLDM 2, sec. III-D3, IV-E)"
+    """Joint finetuning on a real corpus: frozen parts run inside the loss (AudioLDM 2, sec. III-D3, IV-E)
+
+    Parameters
+    ----------
+    records : list
+        captioned records of a corpus, see `corpora.audiocaps`
+    parts : dict
+        `vae`, `audiomae`, `clap`, `t5`, `ldm`, `loa`: models at the published settings
+    cfg : AudioLDM2Config
+        `AudioLDM2Config.audioldm2()`
+    fbank : FbankConfig
+        front end of AudioMAE
+    steps : int, default=800_000
+        released training configuration
+    batch_size : int, default=16
+        per device, released configuration
+    warmup_steps : int, default=10_000
+        paper, sec. IV-E
+
+    Returns
+    -------
+    Recipe
+        for `run_recipe`, under `accelerate launch` on several GPUs
+    """
     model = TextToLatent(cfg)
     model.unet = add_context(parts['ldm'], cfg.loa.cond_dims[1])
     model.loa.load_state_dict(parts['loa'].state_dict())

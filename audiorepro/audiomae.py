@@ -21,7 +21,31 @@ from .training import Recipe, TrainConfig, tensor_batches
 # %% ../nbs/33_audiomae.ipynb #99dadc5a
 @dataclass(frozen=True)
 class AudioMAEConfig(Config):
-    "Shape of encoder and decoder, share of hidden patches"
+    """Shape of encoder and decoder, share of hidden patches
+
+    Parameters
+    ----------
+    input_size : tuple[int,...], default=(1024, 128)
+        frames, bands
+    patch_size : tuple[int,...], default=(16, 16)
+        frames, bands
+    dim : int, default=768
+        width of the encoder
+    depth : int, default=12
+        blocks of the encoder
+    heads : int, default=12
+        of the encoder
+    decoder_dim : int, default=512
+        width of the decoder
+    decoder_depth : int, default=8
+        blocks of the decoder; 0 = encoder only
+    decoder_heads : int, default=16
+        of the decoder
+    mask_ratio : float, default=.8
+        share of patches hidden in training
+    norm_target : bool, default=True
+        every target patch has mean 0 and variance 1
+    """
     input_size:tuple[int,...]=(1024, 128)  # frames, bands
     patch_size:tuple[int,...]=(16, 16)     # frames, bands
     dim:int=768                            # width of the encoder
@@ -55,7 +79,20 @@ def patchify(
     x:Tensor, # `(B, 1, T, F)` filter bank
     patch_size:tuple[int,int], # frames, bands
 )->Tensor: # `(B, T/p*F/q, p*q)`, time-major
-    "Cut a picture into patches"
+    """Cut a picture into patches
+
+    Parameters
+    ----------
+    x : Tensor
+        `(B, 1, T, F)` filter bank
+    patch_size : tuple[int,int]
+        frames, bands
+
+    Returns
+    -------
+    Tensor
+        `(B, T/p*F/q, p*q)`, time-major
+    """
     (p, q), (B, _, T, W) = patch_size, x.shape
     return x.reshape(B, T//p, p, W//q, q).transpose(2, 3).reshape(B, -1, p*q)
 
@@ -64,7 +101,22 @@ def unpatchify(
     grid:tuple[int,int], # patches in time, in frequency
     patch_size:tuple[int,int], # frames, bands
 )->Tensor: # `(B, 1, T, F)`
-    "Put patches together again"
+    """Put patches together again
+
+    Parameters
+    ----------
+    patches : Tensor
+        `(B, N, p*q)`, time-major
+    grid : tuple[int,int]
+        patches in time, in frequency
+    patch_size : tuple[int,int]
+        frames, bands
+
+    Returns
+    -------
+    Tensor
+        `(B, 1, T, F)`
+    """
     (t, f), (p, q) = grid, patch_size
     return patches.reshape(-1, t, f, p, q).transpose(2, 3).reshape(-1, 1, t*p, f*q)
 
@@ -73,7 +125,20 @@ def random_masking(
     noise:Tensor, # `(B, N)` one number per patch; the patches with the smallest stay visible
     mask_ratio:float, # share of hidden patches, in [0, 1)
 )->tuple: # keep `(B, K)` int64, restore `(B, N)` int64, mask `(B, N)` with 1 = hidden
-    "Choose the visible patches by sorting noise (MAE, sec. 3)"
+    """Choose the visible patches by sorting noise (MAE, sec. 3)
+
+    Parameters
+    ----------
+    noise : Tensor
+        `(B, N)` one number per patch; the patches with the smallest stay visible
+    mask_ratio : float
+        share of hidden patches, in [0, 1)
+
+    Returns
+    -------
+    tuple
+        keep `(B, K)` int64, restore `(B, N)` int64, mask `(B, N)` with 1 = hidden
+    """
     if not 0 <= mask_ratio < 1: raise ValueError(f"mask_ratio must be in [0, 1), got {mask_ratio}")
     order = noise.argsort(1)
     restore = order.argsort(1)
@@ -86,7 +151,15 @@ def _rows(x, index):
 
 # %% ../nbs/33_audiomae.ipynb #1188d232
 class PatchEmbed(nn.Module):
-    "One linear map of every patch, written as a convolution"
+    """One linear map of every patch, written as a convolution
+
+    Parameters
+    ----------
+    patch_size : tuple[int,int]
+        frames, bands
+    dim : int
+        width of a token
+    """
     def __init__(self,
         patch_size:tuple[int,int], # frames, bands
         dim:int, # width of a token
@@ -98,7 +171,13 @@ class PatchEmbed(nn.Module):
 
 # %% ../nbs/33_audiomae.ipynb #0c6f7565
 class MAEEncoder(Model):
-    "The half that is used later: patches to tokens (Huang et al. 2022)"
+    """The half that is used later: patches to tokens (Huang et al. 2022)
+
+    Parameters
+    ----------
+    cfg : AudioMAEConfig
+        shape
+    """
     def __init__(self,
         cfg:AudioMAEConfig, # shape
     ):
@@ -111,7 +190,18 @@ class MAEEncoder(Model):
     def embed(self,
         fbank:Tensor, # `(B, 1, T, F)` normalised filter bank
     )->Tensor: # `(B, N, dim)`
-        "Patches as tokens that know where they are"
+        """Patches as tokens that know where they are
+
+        Parameters
+        ----------
+        fbank : Tensor
+            `(B, 1, T, F)` normalised filter bank
+
+        Returns
+        -------
+        Tensor
+            `(B, N, dim)`
+        """
         if tuple(fbank.shape[1:]) != (1, *self.cfg.input_size):
             raise ValueError("fbank must be (B, 1, {}, {}), got {}".format(*self.cfg.input_size, tuple(fbank.shape)))
         return self.patch_embed(fbank) + self.pos_embed
@@ -120,7 +210,20 @@ class MAEEncoder(Model):
         fbank:Tensor, # `(B, 1, T, F)` normalised filter bank
         keep:Tensor|None=None, # `(B, K)` int64, patches that are visible; None = all
     )->list: # output of every block, `(B, 1+K, dim)` each, CLS first, before the final norm
-        "Look at the visible patches only (MAE, sec. 3)"
+        """Look at the visible patches only (MAE, sec. 3)
+
+        Parameters
+        ----------
+        fbank : Tensor
+            `(B, 1, T, F)` normalised filter bank
+        keep : Tensor|None, default=None
+            `(B, K)` int64, patches that are visible; None = all
+
+        Returns
+        -------
+        list
+            output of every block, `(B, 1+K, dim)` each, CLS first, before the final norm
+        """
         x = self.embed(fbank)
         x = x if keep is None else _rows(x, keep)
         x, states = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1), []
@@ -131,7 +234,13 @@ class MAEEncoder(Model):
 
 # %% ../nbs/33_audiomae.ipynb #967c360b
 class AudioMAE(MAEEncoder):
-    "Masked autoencoder over patches of a filter bank (Huang et al. 2022)"
+    """Masked autoencoder over patches of a filter bank (Huang et al. 2022)
+
+    Parameters
+    ----------
+    cfg : AudioMAEConfig
+        shape
+    """
     config_class, component = AudioMAEConfig, 'audiomae'
     from_foreign = classmethod(lambda cls, path: read_audiomae(path))
 
@@ -155,7 +264,20 @@ class AudioMAE(MAEEncoder):
         latent:Tensor, # `(B, 1+K, dim)` normed encoder output, CLS first
         restore:Tensor, # `(B, N)` int64, place of each patch in visible-then-hidden order
     )->Tensor: # `(B, N, p*q)` predicted patches
-        "Fill the hidden places with one learned token and guess every patch"
+        """Fill the hidden places with one learned token and guess every patch
+
+        Parameters
+        ----------
+        latent : Tensor
+            `(B, 1+K, dim)` normed encoder output, CLS first
+        restore : Tensor
+            `(B, N)` int64, place of each patch in visible-then-hidden order
+
+        Returns
+        -------
+        Tensor
+            `(B, N, p*q)` predicted patches
+        """
         x = self.decoder_embed(latent)
         hidden = self.mask_token.to(x.dtype).expand(len(x), restore.shape[1] + 1 - x.shape[1], -1)
         tokens = _rows(torch.cat([x[:, 1:], hidden], 1), restore) + self.decoder_pos_embed
@@ -172,7 +294,20 @@ def mae_target(
     fbank:Tensor, # `(B, 1, T, F)` normalised filter bank
     cfg:AudioMAEConfig, # patch size, whether patches are standardised
 )->tuple: # target `(B, N, p*q)`, and mean and std `(B, N, 1)` to undo it
-    "Patches as the decoder must guess them"
+    """Patches as the decoder must guess them
+
+    Parameters
+    ----------
+    fbank : Tensor
+        `(B, 1, T, F)` normalised filter bank
+    cfg : AudioMAEConfig
+        patch size, whether patches are standardised
+
+    Returns
+    -------
+    tuple
+        target `(B, N, p*q)`, and mean and std `(B, N, 1)` to undo it
+    """
     patches = patchify(fbank, cfg.patch_size)
     if not cfg.norm_target: return patches, 0., 1.
     mean, std = patches.mean(-1, keepdim=True), (patches.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -183,7 +318,22 @@ def masked_error(
     target:Tensor, # `(B, N, p*q)`
     mask:Tensor, # `(B, N)` 1 = hidden
 )->Tensor: # scalar
-    "Squared error of the hidden patches only (MAE, sec. 3)"
+    """Squared error of the hidden patches only (MAE, sec. 3)
+
+    Parameters
+    ----------
+    pred : Tensor
+        `(B, N, p*q)`
+    target : Tensor
+        `(B, N, p*q)`
+    mask : Tensor
+        `(B, N)` 1 = hidden
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     return (((pred - target)**2).mean(-1)*mask).sum()/mask.sum()
 
 def mae_loss(
@@ -191,7 +341,22 @@ def mae_loss(
     batch:dict, # `fbank`: `(B, 1, T, F)` or `(B, T, F)`, normalised
     ctx, # `ctx.generator`: which patches are hidden; `ctx.device`
 )->dict: # `loss`
-    "Hide patches, guess them"
+    """Hide patches, guess them
+
+    Parameters
+    ----------
+    model : AudioMAE
+        trained
+    batch : dict
+        `fbank`: `(B, 1, T, F)` or `(B, T, F)`, normalised
+    ctx
+        `ctx.generator`: which patches are hidden; `ctx.device`
+
+    Returns
+    -------
+    dict
+        `loss`
+    """
     fbank = batch['fbank'].to(ctx.device).float()
     fbank = fbank[:, None] if fbank.ndim == 3 else fbank
     noise = torch.rand(len(fbank), model.cfg.num_patches, generator=ctx.generator).to(ctx.device)
@@ -214,7 +379,18 @@ def _grid(table):
 def read_audiomae(
     path, # official file, timm's port, a port with a prefix, or the official AudioLDM 2 file
 )->AudioMAE: # with the published weights; without a decoder where the file has none that is ours
-    "Build AudioMAE from published weights"
+    """Build AudioMAE from published weights
+
+    Parameters
+    ----------
+    path
+        official file, timm's port, a port with a prefix, or the official AudioLDM 2 file
+
+    Returns
+    -------
+    AudioMAE
+        with the published weights; without a decoder where the file has none that is ours
+    """
     state = strip_to(read_foreign(path)[1], 'cls_token', path)
     if 'fc_norm.weight' in state:
         raise ValueError(f"{path} is fine-tuned, without a final norm: use a pre-trained file")
@@ -241,7 +417,22 @@ def average_layers(
     fbank:Tensor, # `(B, 1, T, F)` normalised filter bank
     layers:int, # how many of the last blocks
 )->Tensor: # `(B, N, dim)` tokens, time-major, without CLS
-    "Mean of the last blocks' outputs, each through the final norm (AudioLDM 2, sec. IV-D, as released)"
+    """Mean of the last blocks' outputs, each through the final norm (AudioLDM 2, sec. IV-D, as released)
+
+    Parameters
+    ----------
+    model : MAEEncoder
+        its final norm is used
+    fbank : Tensor
+        `(B, 1, T, F)` normalised filter bank
+    layers : int
+        how many of the last blocks
+
+    Returns
+    -------
+    Tensor
+        `(B, N, dim)` tokens, time-major, without CLS
+    """
     if not 1 <= layers <= model.cfg.depth: raise ValueError(f"layers must be 1 to {model.cfg.depth}, got {layers}")
     return torch.stack([model.norm(x)[:, 1:] for x in model.forward_encoder(fbank)[-layers:]]).mean(0)
 
@@ -251,7 +442,22 @@ def pool_loa(
     grid:tuple[int,int], # patches in time, in frequency
     lam:int, # pooling factor: time by `lam`, frequency by `min(lam, grid[1])`
 )->Tensor: # `(B, N/lam**2, D)`
-    "Mean of average and maximum over squares of patches (AudioLDM 2, sec. III-B2)"
+    """Mean of average and maximum over squares of patches (AudioLDM 2, sec. III-B2)
+
+    Parameters
+    ----------
+    features : Tensor
+        `(B, N, D)` tokens, time-major
+    grid : tuple[int,int]
+        patches in time, in frequency
+    lam : int
+        pooling factor: time by `lam`, frequency by `min(lam, grid[1])`
+
+    Returns
+    -------
+    Tensor
+        `(B, N/lam**2, D)`
+    """
     (t, f), side = grid, min(lam, grid[1])
     if features.ndim != 3 or features.shape[1] != t*f:
         raise ValueError(f"features must be (B, {t*f}, D), got {tuple(features.shape)}")
@@ -266,7 +472,22 @@ def toy_recipe(
     weights:str='mine', # unused: nothing lies below AudioMAE
     seed:int=0, # of first weights, order and masks
 )->Recipe: # for `run_recipe`
-    "Train the toy AudioMAE on sounds alone, without captions or labels"
+    """Train the toy AudioMAE on sounds alone, without captions or labels
+
+    Parameters
+    ----------
+    budget : str, default='short'
+        'short' or 'full': number of steps
+    weights : str, default='mine'
+        unused: nothing lies below AudioMAE
+    seed : int, default=0
+        of first weights, order and masks
+
+    Returns
+    -------
+    Recipe
+        for `run_recipe`
+    """
     steps = dict(short=800, full=800)[budget]  # alike: all that follows reads this LOA
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)

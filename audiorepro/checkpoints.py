@@ -20,7 +20,18 @@ from .core import WEIGHT_FILES, read_safetensors, write_atomic_folder
 def pickled_names(
     path:str|Path, # a pickle, or a zip archive of `torch.save`
 )->list: # 'module.name' of every function and class that reading would use, in order
-    "List what a pickle would call, without calling anything"
+    """List what a pickle would call, without calling anything
+
+    Parameters
+    ----------
+    path : str|Path
+        a pickle, or a zip archive of `torch.save`
+
+    Returns
+    -------
+    list
+        'module.name' of every function and class that reading would use, in order
+    """
     data, names, words = Path(path).read_bytes(), [], []
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z: data = b''.join(z.read(n) for n in z.namelist() if n.endswith('.pkl'))
@@ -44,7 +55,17 @@ def _safe_types():
 def read_pickle(
     path:str|Path, # written by `torch.save`
 ): # tensors and plain values, nested as they were saved
-    "Read tensors and plain values; anything else is refused, with its name, before it runs"
+    """Read tensors and plain values; anything else is refused, with its name, before it runs
+
+    Parameters
+    ----------
+    path : str|Path
+        written by `torch.save`
+
+    Returns
+    -------
+    tensors and plain values, nested as they were saved
+    """
     if not Path(path).is_file(): raise FileNotFoundError(f"{path} does not exist")
     try:
         with torch.serialization.safe_globals(_safe_types()):
@@ -60,7 +81,20 @@ def find_state(
     content, # what a weight file held
     where='file', # named in the error
 )->dict: # name -> tensor
-    "Find the tensors among what a training script saved with them"
+    """Find the tensors among what a training script saved with them
+
+    Parameters
+    ----------
+    content
+        what a weight file held
+    where : default='file'
+        named in the error
+
+    Returns
+    -------
+    dict
+        name -> tensor
+    """
     usual = ('state_dict', 'model', 'generator', 'best_state')
     while isinstance(content, dict) and (inside := [k for k in usual if isinstance(content.get(k), dict)]):
         content = content[inside[0]]
@@ -73,7 +107,18 @@ def find_state(
 def weight_file(
     folder:Path, # of one network
 )->Path: # a weight file, or the index of several
-    "Choose the weights of a folder: safetensors first; half-precision copies are passed over"
+    """Choose the weights of a folder: safetensors first; half-precision copies are passed over
+
+    Parameters
+    ----------
+    folder : Path
+        of one network
+
+    Returns
+    -------
+    Path
+        a weight file, or the index of several
+    """
     files = [p for p in sorted(folder.iterdir()) if not {'.fp16', '.non_ema'} & set(p.suffixes)]
     for endings in ('.safetensors.index.json', '.safetensors', '.bin.index.json', WEIGHT_FILES):
         found = [p for p in files if p.name.endswith(endings)]
@@ -85,7 +130,18 @@ def weight_file(
 def read_weights(
     path:str|Path, # a weight file, an index of shards, or a folder with either
 )->dict: # name -> tensor
-    "Read a state dict from whatever a checkpoint comes as; no foreign code is run"
+    """Read a state dict from whatever a checkpoint comes as; no foreign code is run
+
+    Parameters
+    ----------
+    path : str|Path
+        a weight file, an index of shards, or a folder with either
+
+    Returns
+    -------
+    dict
+        name -> tensor
+    """
     path = Path(path)
     if path.is_dir(): path = weight_file(path)
     if path.suffix == '.safetensors': return read_safetensors(path)
@@ -102,7 +158,20 @@ def read_foreign(
     path:str|Path, # a weight file, the folder of a network, or one that contains it
     *inside:str, # names of a subfolder or file to enter, the first that exists
 )->tuple: # settings (empty where there are none), name -> tensor
-    "Read somebody else's network: its `config.json` and its tensors"
+    """Read somebody else's network: its `config.json` and its tensors
+
+    Parameters
+    ----------
+    path : str|Path
+        a weight file, the folder of a network, or one that contains it
+    *inside : str
+        names of a subfolder or file to enter, the first that exists
+
+    Returns
+    -------
+    tuple
+        settings (empty where there are none), name -> tensor
+    """
     path = next((Path(path)/name for name in inside if (Path(path)/name).exists()), Path(path))
     config = path/'config.json'
     return json.loads(config.read_text()) if config.is_file() else {}, read_weights(path)
@@ -112,7 +181,20 @@ def contents(
     state:dict, # name -> tensor
     depth:int=1, # words of a name that count
 )->dict: # prefix -> (number of tensors, number of values)
-    "Sum up a state dict by the first words of its names"
+    """Sum up a state dict by the first words of its names
+
+    Parameters
+    ----------
+    state : dict
+        name -> tensor
+    depth : int, default=1
+        words of a name that count
+
+    Returns
+    -------
+    dict
+        prefix -> (number of tensors, number of values)
+    """
     rows = {}
     for name, x in state.items():
         prefix = '.'.join(name.split('.')[:depth])
@@ -124,7 +206,20 @@ def count_keys(
     state:dict, # name -> tensor
     pattern:str, # regular expression with one group, the number
 )->int: # how many different numbers there are
-    "Count the layers, levels or heads that a state dict names"
+    """Count the layers, levels or heads that a state dict names
+
+    Parameters
+    ----------
+    state : dict
+        name -> tensor
+    pattern : str
+        regular expression with one group, the number
+
+    Returns
+    -------
+    int
+        how many different numbers there are
+    """
     return len({m[1] for k in state if (m := re.search(pattern, k))})
 
 def strip_to(
@@ -132,7 +227,22 @@ def strip_to(
     landmark:str, # full name of a tensor inside the wanted network
     where='file', # named in the error
 )->dict: # the tensors of that network, by its own names
-    "Keep the network that a landmark belongs to, without the prefix of its names"
+    """Keep the network that a landmark belongs to, without the prefix of its names
+
+    Parameters
+    ----------
+    state : dict
+        name -> tensor, of one or of many networks
+    landmark : str
+        full name of a tensor inside the wanted network
+    where : default='file'
+        named in the error
+
+    Returns
+    -------
+    dict
+        the tensors of that network, by its own names
+    """
     ends = [k for k in state if k == landmark or k.endswith('.' + landmark)]
     if not ends: raise ValueError(f"{where} holds no {landmark}; its names begin with {', '.join(contents(state))}")
     prefix = min(ends, key=len).removesuffix(landmark)
@@ -143,7 +253,20 @@ def map_keys(
     state:dict, # name -> tensor
     rules:list, # (pattern, replacement) or (pattern, replacement, function of the tensor)
 )->dict: # new name -> tensor
-    "Rename by regular expressions; a tuple of replacements cuts the tensor in equal parts, None drops it"
+    """Rename by regular expressions; a tuple of replacements cuts the tensor in equal parts, None drops it
+
+    Parameters
+    ----------
+    state : dict
+        name -> tensor
+    rules : list
+        (pattern, replacement) or (pattern, replacement, function of the tensor)
+
+    Returns
+    -------
+    dict
+        new name -> tensor
+    """
     for pattern, replacement, *change in rules:
         found = {}
         for key, x in state.items():
@@ -178,7 +301,20 @@ def convert(
     source:str|Path, # a pickle of weights, or a folder with some
     target:str|Path, # folder to make
 )->list: # the files that were converted
-    "Write pickled weights once more as safetensors, under their own names; the rest of a folder is copied"
+    """Write pickled weights once more as safetensors, under their own names; the rest of a folder is copied
+
+    Parameters
+    ----------
+    source : str|Path
+        a pickle of weights, or a folder with some
+    target : str|Path
+        folder to make
+
+    Returns
+    -------
+    list
+        the files that were converted
+    """
     source, target, done = Path(source), Path(target), []
     if not source.exists(): raise FileNotFoundError(f"{source} does not exist")
     if target.exists(): raise ValueError(f"{target} exists already: name a new folder")

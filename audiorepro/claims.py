@@ -36,7 +36,24 @@ def train_once(
     key, # everything that decides the result, as plain values
     steps:int|None=None, # fewer steps than the recipe's, to try the code
 )->Path: # folder of the weights
-    "Train a recipe, or find what an earlier arm trained"
+    """Train a recipe, or find what an earlier arm trained
+
+    Parameters
+    ----------
+    name : str
+        of the network
+    make
+        `make()` -> `Recipe`; called only when there is something to train
+    key
+        everything that decides the result, as plain values
+    steps : int|None, default=None
+        fewer steps than the recipe's, to try the code
+
+    Returns
+    -------
+    Path
+        folder of the weights
+    """
     sources = [Path(m.__file__).read_bytes() for m in (audioldm2, audiomae, ldm, vae)]
     key = hashlib.sha256(repr((key, steps, sources)).encode()).hexdigest()[:10]
     target, folder = out_dir('claims')/f'{name}_{key}', out_dir('train')/f'claims_{name}_{key}'
@@ -70,7 +87,34 @@ def lambda_error(
     num_inference_steps:int=25, # DDIM steps
     guidance_scale:float=2., # 1 is no guidance
 )->dict: # `value`: mean absolute mel error in nats; `n` clips
-    "Draw held-out clips from their own LOA and measure how far the mel is off (AudioLDM 2, Fig. 2)"
+    """Draw held-out clips from their own LOA and measure how far the mel is off (AudioLDM 2, Fig. 2)
+
+    Parameters
+    ----------
+    lam : int
+        1, 2, 4 or 8
+    seed : int
+        of training
+    budget : str, default='full'
+        of latent diffusion, see its recipe
+    clips : int, default=4000
+        of training
+    n : int, default=256
+        held-out clips
+    weights : str, default='toy'
+        of VAE and AudioMAE
+    steps : int|None, default=None
+        fewer, to try the code
+    num_inference_steps : int, default=25
+        DDIM steps
+    guidance_scale : float, default=2.
+        1 is no guidance
+
+    Returns
+    -------
+    dict
+        `value`: mean absolute mel error in nats; `n` clips
+    """
     if lam not in LAMBDAS: raise ValueError(f"lam must be one of {LAMBDAS}, got {lam}")
     net, ear, errors = VAE.from_pretrained(weights), AudioMAE.from_pretrained(weights), []
     def make():
@@ -93,7 +137,18 @@ def lambda_error(
 def pooled_views(
     maps:Tensor, # `(B, C, T, F)` features
 )->dict: # name of the pooling -> `(B, D)`
-    "Four ways to make one vector of a picture of features"
+    """Four ways to make one vector of a picture of features
+
+    Parameters
+    ----------
+    maps : Tensor
+        `(B, C, T, F)` features
+
+    Returns
+    -------
+    dict
+        name of the pooling -> `(B, D)`
+    """
     mean = maps.mean(2)  # (B, C, F)
     views = {'mean': mean.mean(2), 'mean over time': mean, 'mean and std over time': torch.cat([mean, maps.std(2)], 1),
              '4 bands': F.adaptive_avg_pool1d(mean, 4)}
@@ -106,7 +161,26 @@ def knn_accuracy(
     answers:Tensor|None=None, # `(M,)` int64
     k:int=5, # neighbours that vote
 )->float: # share of right guesses, 0 .. 1
-    "Guess the class of a clip by a vote of its nearest neighbours, every feature scaled to unit spread"
+    """Guess the class of a clip by a vote of its nearest neighbours, every feature scaled to unit spread
+
+    Parameters
+    ----------
+    known : Tensor
+        `(N, D)` clips whose class is known
+    labels : Tensor
+        `(N,)` int64
+    asked : Tensor|None, default=None
+        `(M, D)` clips to guess; None = each known clip, itself left out
+    answers : Tensor|None, default=None
+        `(M,)` int64
+    k : int, default=5
+        neighbours that vote
+
+    Returns
+    -------
+    float
+        share of right guesses, 0 .. 1
+    """
     mean, std = known.mean(0), known.std(0).clamp(min=1e-6)
     known, own = (known - mean)/std, asked is None
     distance = torch.cdist(known if own else (asked - mean)/std, known)
@@ -134,7 +208,28 @@ def features_knn(
     n:int=1600, # clips to guess
     steps:int|None=None, # fewer, to try the code
 )->dict: # `value`: share of right guesses; `n` clips; `pooling` that was chosen
-    "Train one kind of features and guess classes by them (AudioLDM 2, Fig. 3)"
+    """Train one kind of features and guess classes by them (AudioLDM 2, Fig. 3)
+
+    Parameters
+    ----------
+    which : str
+        'AudioMAE' or 'VAE'
+    seed : int
+        of training
+    budget : str, default='full'
+        see the recipes
+    known : int, default=1600
+        clips whose class is known
+    n : int, default=1600
+        clips to guess
+    steps : int|None, default=None
+        fewer, to try the code
+
+    Returns
+    -------
+    dict
+        `value`: share of right guesses; `n` clips; `pooling` that was chosen
+    """
     kinds = dict(AudioMAE=(AudioMAE, audiomae), VAE=(VAE, vae))
     if which not in kinds: raise ValueError(f"which must be one of {', '.join(kinds)}, got {which!r}")
     kind, module = kinds[which]
@@ -152,7 +247,20 @@ def events_heard(
     present:Tensor, # `(N, 16)` logits of the judge
     metas:list[dict], # truth of the captions; clips with events
 )->Tensor: # `(N,)` share of the k asked events among the k most likely ones
-    "How much of what was asked for is heard"
+    """How much of what was asked for is heard
+
+    Parameters
+    ----------
+    present : Tensor
+        `(N, 16)` logits of the judge
+    metas : list[dict]
+        truth of the captions; clips with events
+
+    Returns
+    -------
+    Tensor
+        `(N,)` share of the k asked events among the k most likely ones
+    """
     shares = []
     for row, meta in zip(present, metas):
         wanted = {EVENTS.index(e['name']) for e in meta['events']}
@@ -185,7 +293,34 @@ def loa_score(
     steps:int|None=None, # fewer, to try the code
     num_inference_steps:int=25, # DDIM steps
 )->dict: # `value`: share of asked events heard, or Frechet distance over its floor; `n` captions; `silent`, `clipped`
-    "Generate from the true or the predicted LOA and let the judge hear it (AudioLDM 2, Tables II and III)"
+    """Generate from the true or the predicted LOA and let the judge hear it (AudioLDM 2, Tables II and III)
+
+    Parameters
+    ----------
+    which : str
+        'true' or 'predicted' LOA
+    seed : int
+        of joint finetuning
+    measure : str
+        'class' or 'distance'
+    budget : str, default='short'
+        of joint finetuning, see its recipe
+    clips : int, default=8000
+        of training
+    n : int, default=512
+        held-out captions with events
+    weights : str, default='toy'
+        of all that was trained before
+    steps : int|None, default=None
+        fewer, to try the code
+    num_inference_steps : int, default=25
+        DDIM steps
+
+    Returns
+    -------
+    dict
+        `value`: share of asked events heard, or Frechet distance over its floor; `n` captions; `silent`, `clipped`
+    """
     for name, value, known in (('which', which, ('true', 'predicted')), ('measure', measure, ('class', 'distance'))):
         if value not in known: raise ValueError(f"{name} must be one of {known}, got {value!r}")
     pipe, folder = _finetuned(seed, budget, clips, weights, steps)

@@ -35,7 +35,24 @@ def contrastive_loss(
     scale:Tensor, # one over the temperature
     wrong:Tensor|None=None, # `(B, D)` a further wrong caption for each sound; zero rows where there is none
 )->Tensor: # mean of both directions, nats
-    "Find the right caption for each sound and the right sound for each caption (Wu et al. 2023, eq. 1)"
+    """Find the right caption for each sound and the right sound for each caption (Wu et al. 2023, eq. 1)
+
+    Parameters
+    ----------
+    audio : Tensor
+        `(B, D)` of length 1
+    text : Tensor
+        `(B, D)` of length 1, row i belongs to sound i
+    scale : Tensor
+        one over the temperature
+    wrong : Tensor|None, default=None
+        `(B, D)` a further wrong caption for each sound; zero rows where there is none
+
+    Returns
+    -------
+    Tensor
+        mean of both directions, nats
+    """
     logits, label = scale*audio @ text.T, torch.arange(len(audio), device=audio.device)
     by_text = F.cross_entropy(logits.T, label)
     if wrong is not None:
@@ -46,7 +63,35 @@ def contrastive_loss(
 # %% ../nbs/34_clap.ipynb #b85c221c
 @dataclass(frozen=True)
 class CLAPConfig(Config):
-    "Two towers and the space they share"
+    """Two towers and the space they share
+
+    Parameters
+    ----------
+    words : tuple, default=()
+        words of the tokeniser
+    dim : int, default=128
+        of the shared space
+    channels : tuple, default=(24, 48, 96, 128)
+        of the convolutions; each halves time and frequency
+    stem_stride : int, default=4
+        of the first convolution: 2 halves as well, 4 divides by 4
+    audio_layers : int, default=0
+        transformer blocks over time after the convolutions; 0 = average only
+    text_dim : int, default=128
+        width of the text tower
+    text_layers : int, default=2
+        its transformer blocks
+    heads : int, default=4
+        of all attention
+    mel_mean : float, default=-5.87
+        of the log-mel, natural log
+    mel_std : float, default=2.47
+        of the log-mel
+    sample_rate : int, default=16_000
+        Hz
+    seconds : float, default=2.56
+        s, length of a clip
+    """
     words:tuple=()                      # words of the tokeniser
     dim:int=128                         # of the shared space
     channels:tuple=(24, 48, 96, 128)    # of the convolutions; each halves time and frequency
@@ -72,7 +117,13 @@ class CLAPConfig(Config):
 
 # %% ../nbs/34_clap.ipynb #48509380
 class AudioTower(nn.Module):
-    "Log-mel to one vector: convolutions, mean over frequency, mean over time"
+    """Log-mel to one vector: convolutions, mean over frequency, mean over time
+
+    Parameters
+    ----------
+    cfg : CLAPConfig
+        widths
+    """
     def __init__(self,
         cfg:CLAPConfig, # widths
     ):
@@ -102,7 +153,13 @@ class AudioTower(nn.Module):
 
 # %% ../nbs/34_clap.ipynb #1d112559
 class TextTower(nn.Module):
-    "Caption to one vector: a small transformer and the mean over its words"
+    """Caption to one vector: a small transformer and the mean over its words
+
+    Parameters
+    ----------
+    cfg : CLAPConfig
+        widths and words
+    """
     def __init__(self,
         cfg:CLAPConfig, # widths and words
     ):
@@ -132,16 +189,46 @@ class SoundTextModel(Protocol):
         wav:Tensor, # `(B, samples)`
         sample_rate:int, # Hz
     )->Tensor: # `(B, D)` of length 1
-        "Embed waveforms"
+        """Embed waveforms
+
+        Parameters
+        ----------
+        wav : Tensor
+            `(B, samples)`
+        sample_rate : int
+            Hz
+
+        Returns
+        -------
+        Tensor
+            `(B, D)` of length 1
+        """
 
     def embed_text(self,
         texts:list, # captions
     )->Tensor: # `(B, D)` of length 1
-        "Embed captions"
+        """Embed captions
+
+        Parameters
+        ----------
+        texts : list
+            captions
+
+        Returns
+        -------
+        Tensor
+            `(B, D)` of length 1
+        """
 
 # %% ../nbs/34_clap.ipynb #c4a0cf2c
 class CLAP(Model):
-    "Contrastive language-audio pre-training (Wu et al. 2023): what belongs together points the same way"
+    """Contrastive language-audio pre-training (Wu et al. 2023): what belongs together points the same way
+
+    Parameters
+    ----------
+    cfg : CLAPConfig
+        both towers
+    """
     config_class, component = CLAPConfig, 'clap'
 
     def __init__(self,
@@ -161,13 +248,35 @@ class CLAP(Model):
     def encode_audio(self,
         mel:Tensor, # `(B, 1, T, F)` natural log-mel
     )->Tensor: # `(B, D)` of length 1
-        "Embed spectrograms"
+        """Embed spectrograms
+
+        Parameters
+        ----------
+        mel : Tensor
+            `(B, 1, T, F)` natural log-mel
+
+        Returns
+        -------
+        Tensor
+            `(B, D)` of length 1
+        """
         return F.normalize(self.audio(mel.float()), dim=-1)
 
     def encode_text(self,
         texts:list, # captions
     )->Tensor: # `(B, D)` of length 1
-        "Embed captions"
+        """Embed captions
+
+        Parameters
+        ----------
+        texts : list
+            captions
+
+        Returns
+        -------
+        Tensor
+            `(B, D)` of length 1
+        """
         return F.normalize(self.text(texts), dim=-1)
 
     @torch.no_grad()
@@ -175,7 +284,20 @@ class CLAP(Model):
         wav:Tensor, # `(B, samples)` or `(samples,)`
         sample_rate:int, # Hz
     )->Tensor: # `(B, D)` of length 1
-        "Embed waveforms: resampled, cut or padded to the clip length, never at random"
+        """Embed waveforms: resampled, cut or padded to the clip length, never at random
+
+        Parameters
+        ----------
+        wav : Tensor
+            `(B, samples)` or `(samples,)`
+        sample_rate : int
+            Hz
+
+        Returns
+        -------
+        Tensor
+            `(B, D)` of length 1
+        """
         wav = check_wav(wav)[None] if wav.ndim == 1 else check_wav(wav)
         wav = fit_length(resample(wav, sample_rate, self.sample_rate), round(self.max_seconds*self.sample_rate))
         return self.encode_audio(log_mel(wav.to(self.device).float(), MelConfig.toy()))
@@ -184,7 +306,18 @@ class CLAP(Model):
     def embed_text(self,
         texts:list, # captions
     )->Tensor: # `(B, D)` of length 1
-        "Embed captions, 256 at a time"
+        """Embed captions, 256 at a time
+
+        Parameters
+        ----------
+        texts : list
+            captions
+
+        Returns
+        -------
+        Tensor
+            `(B, D)` of length 1
+        """
         return torch.cat([self.encode_text(texts[i:i + 256]) for i in range(0, len(texts), 256)])
 
 # %% ../nbs/34_clap.ipynb #5b49a617
@@ -192,7 +325,20 @@ def swap_events(
     meta:dict, # truth of a record
     rng:np.random.Generator, # of the wording
 )->str: # a caption that is wrong only in the order; '' where there is no order
-    "Say it the wrong way round"
+    """Say it the wrong way round
+
+    Parameters
+    ----------
+    meta : dict
+        truth of a record
+    rng : np.random.Generator
+        of the wording
+
+    Returns
+    -------
+    str
+        a caption that is wrong only in the order; '' where there is no order
+    """
     if meta['family'] != 'event' or meta['kind'] != 'then': return ''
     return caption(meta | dict(events=meta['events'][::-1], asked=meta['asked'][::-1]), rng)
 
@@ -202,7 +348,22 @@ def clap_loss(
     batch:dict, # mel `(B, T, F)`, caption (list of B), optional swapped (list of B; '' = none)
     ctx=None, # training context, not used
 )->dict: # loss, temperature
-    "Contrast a batch of sounds and captions, with swapped events as further wrong answers where given"
+    """Contrast a batch of sounds and captions, with swapped events as further wrong answers where given
+
+    Parameters
+    ----------
+    model : CLAP
+        both towers
+    batch : dict
+        mel `(B, T, F)`, caption (list of B), optional swapped (list of B; '' = none)
+    ctx : default=None
+        training context, not used
+
+    Returns
+    -------
+    dict
+        loss, temperature
+    """
     scale = model.logit_scale.exp().clamp_max(100.)
     audio, text = model.encode_audio(batch['mel'][:, None]), model.encode_text(batch['caption'])
     wrong = None
@@ -219,7 +380,25 @@ def clap_batches(
     hard:bool=False, # add the swapped caption of "A then B" clips as a further wrong answer
     unknown_share:float=0., # of the words that are hidden, see `pretext.hide_words`
 ):# `batches(start_step)`, iterator of dict(mel, caption, swapped)
-    "Sounds with captions worded anew at each visit"
+    """Sounds with captions worded anew at each visit
+
+    Parameters
+    ----------
+    toy : ToySet
+        clips
+    batch_size : int
+        pairs a step
+    seed : int, default=0
+        of order and wording
+    hard : bool, default=False
+        add the swapped caption of "A then B" clips as a further wrong answer
+    unknown_share : float, default=0.
+        of the words that are hidden, see `pretext.hide_words`
+
+    Returns
+    -------
+    `batches(start_step)`, iterator of dict(mel, caption, swapped)
+    """
     by_index = tensor_batches(dict(index=torch.arange(len(toy))), batch_size, seed)
     def batches(start_step=0):
         for step, batch in enumerate(by_index(start_step), start_step):
@@ -235,7 +414,20 @@ def clap_score(
     audio:Tensor, # `(B, D)` embeddings of sounds
     text:Tensor, # `(B, D)` embeddings of their captions
 )->Tensor: # `(B,)` cosines in [-1, 1]
-    "How well each sound fits its caption (AudioLDM 2, eq. 9)"
+    """How well each sound fits its caption (AudioLDM 2, eq. 9)
+
+    Parameters
+    ----------
+    audio : Tensor
+        `(B, D)` embeddings of sounds
+    text : Tensor
+        `(B, D)` embeddings of their captions
+
+    Returns
+    -------
+    Tensor
+        `(B,)` cosines in [-1, 1]
+    """
     if audio.shape != text.shape:
         raise ValueError(f"audio and text must have one shape, got {tuple(audio.shape)} and {tuple(text.shape)}")
     return F.cosine_similarity(audio, text, dim=-1)
@@ -246,7 +438,22 @@ def retrieval(
     text:Tensor, # `(N, D)` of length 1, row i belongs to sound i
     ranks:tuple=(1, 10), # where to look
 )->dict: # share of queries whose partner is among the best k, both ways
-    "Find captions by sound and sounds by caption (Wu et al. 2023, sec. 4.1)"
+    """Find captions by sound and sounds by caption (Wu et al. 2023, sec. 4.1)
+
+    Parameters
+    ----------
+    audio : Tensor
+        `(N, D)` of length 1
+    text : Tensor
+        `(N, D)` of length 1, row i belongs to sound i
+    ranks : tuple, default=(1, 10)
+        where to look
+
+    Returns
+    -------
+    dict
+        share of queries whose partner is among the best k, both ways
+    """
     logits = audio @ text.T
     found = dict(audio_to_text=logits, text_to_audio=logits.T)
     place = {k: (v > v.diagonal()[:, None]).sum(1) for k, v in found.items()}  # how many are better
@@ -260,7 +467,26 @@ def toy_recipe(
     which:str='clap', # 'clap' conditions and filters; 'clap_score' scores: other architecture, seed, half of the data
     unknown_share:float=0., # of the words that are hidden, see `pretext.hide_words`
 )->Recipe: # for `run_recipe`
-    "How the two toy CLAPs are trained"
+    """How the two toy CLAPs are trained
+
+    Parameters
+    ----------
+    budget : str, default='short'
+        'short' (2 CPU-minutes) or 'full'
+    weights : str, default='mine'
+        not used: CLAP stands on no other model
+    seed : int, default=0
+        of weights and order
+    which : str, default='clap'
+        'clap' conditions and filters; 'clap_score' scores: other architecture, seed, half of the data
+    unknown_share : float, default=0.
+        of the words that are hidden, see `pretext.hide_words`
+
+    Returns
+    -------
+    Recipe
+        for `run_recipe`
+    """
     if which not in ('clap', 'clap_score'): raise ValueError(f"which must be 'clap' or 'clap_score', got {which!r}")
     is_score, steps = which == 'clap_score', dict(short=450, full=450)[budget]
     data_seed = 2*seed + is_score
@@ -281,7 +507,22 @@ def tells_order(
     toy:ToySet, # clips; only "A then B" ones count
     seed:int=0, # of the wording
 )->dict: # accuracy of the 2-way choice between right and swapped caption (chance 1/2), number of clips
-    "Does the right order score higher than the swapped one?"
+    """Does the right order score higher than the swapped one?
+
+    Parameters
+    ----------
+    model
+        any CLAP: `embed_text` and `encode_audio`
+    toy : ToySet
+        clips; only "A then B" ones count
+    seed : int, default=0
+        of the wording
+
+    Returns
+    -------
+    dict
+        accuracy of the 2-way choice between right and swapped caption (chance 1/2), number of clips
+    """
     rng, index = np.random.default_rng([seed, 34]), [i for i, m in enumerate(toy.meta) if m['kind'] == 'then']
     right, wrong = zip(*((caption(toy.meta[i], rng), swap_events(toy.meta[i], rng)) for i in index))
     with torch.no_grad(): audio = torch.cat([model.encode_audio(toy.mel[index[j:j + 64], None])
@@ -303,7 +544,18 @@ CLAP_KEYS = [ # laion_clap -> transformers
 def clap_sizes(
     state:dict, # tensors under transformers' names
 )->dict: # what `ClapConfig` needs
-    "Read the sizes of HTSAT and RoBERTa from the tensors' shapes"
+    """Read the sizes of HTSAT and RoBERTa from the tensors' shapes
+
+    Parameters
+    ----------
+    state : dict
+        tensors under transformers' names
+
+    Returns
+    -------
+    dict
+        what `ClapConfig` needs
+    """
     size, audio = (lambda name: state[f'{name}.weight'].shape), 'audio_model.audio_encoder'
     levels = range(count_keys(state, r'^audio_model\.audio_encoder\.layers\.(\d+)\.'))
     depths = [count_keys(state, rf'^audio_model\.audio_encoder\.layers\.{l}\.blocks\.(\d+)\.') for l in levels]
@@ -322,7 +574,17 @@ def clap_sizes(
 def read_clap(
     path:Path, # folder of transformers (or of a pipeline), laion_clap's `.pt`, or the official AudioLDM 2 file
 ): # `ClapModel` of transformers, every tensor filled
-    "Build CLAP from published weights; what is missing, surplus or of another shape is listed"
+    """Build CLAP from published weights; what is missing, surplus or of another shape is listed
+
+    Parameters
+    ----------
+    path : Path
+        folder of transformers (or of a pipeline), laion_clap's `.pt`, or the official AudioLDM 2 file
+
+    Returns
+    -------
+    `ClapModel` of transformers, every tensor filled
+    """
     from transformers import ClapConfig, ClapModel
     values, state = read_foreign(path, 'text_encoder')
     if not values: state = map_keys(strip_to(state, 'logit_scale_a', path), CLAP_KEYS)
@@ -334,7 +596,19 @@ def read_clap(
 
 # %% ../nbs/34_clap.ipynb #133d848f
 class HFCLAP:
-    "A published CLAP of transformers behind the same few names"
+    """A published CLAP of transformers behind the same few names
+
+    Parameters
+    ----------
+    model
+        `ClapModel`
+    tokenizer
+        of transformers
+    max_tokens : int, default=77
+        longest caption, as in laion_clap
+    max_seconds : float, default=10.
+        s; longer sounds are cut at the end, never at random
+    """
     def __init__(self,
         model, # `ClapModel`
         tokenizer, # of transformers
@@ -352,7 +626,15 @@ class HFCLAP:
         name:str|Path='laion/larger_clap_general', # folder or hub id in transformers' format, or laion_clap's `.pt`
         device:str|torch.device='cpu', # where the weights go
     ):
-        "Load a published CLAP; a `.pt` brings no tokeniser, so that is read beside it or as `roberta-base`"
+        """Load a published CLAP; a `.pt` brings no tokeniser, so that is read beside it or as `roberta-base`
+
+        Parameters
+        ----------
+        name : str|Path, default='laion/larger_clap_general'
+            folder or hub id in transformers' format, or laion_clap's `.pt`
+        device : str|torch.device, default='cpu'
+            where the weights go
+        """
         path = find_weights(name, 'clap')
         model = read_clap(path).to(device)
         return cls(model, find_tokenizer([path/'tokenizer', path, path.parent], 'roberta-base'))
@@ -362,7 +644,20 @@ class HFCLAP:
         wav:Tensor, # `(B, samples)` or `(samples,)`
         sample_rate:int, # Hz
     )->Tensor: # `(B, D)` of length 1
-        "Embed waveforms at 48 kHz: the first `max_seconds`, shorter ones repeated"
+        """Embed waveforms at 48 kHz: the first `max_seconds`, shorter ones repeated
+
+        Parameters
+        ----------
+        wav : Tensor
+            `(B, samples)` or `(samples,)`
+        sample_rate : int
+            Hz
+
+        Returns
+        -------
+        Tensor
+            `(B, D)` of length 1
+        """
         wav = check_wav(wav)[None] if wav.ndim == 1 else check_wav(wav)
         wav = resample(wav.float(), sample_rate, self.sample_rate)[:, :round(self.max_seconds*self.sample_rate)]
         features = self.extract(list(wav.cpu().numpy()), sampling_rate=self.sample_rate,
@@ -374,7 +669,18 @@ class HFCLAP:
     def embed_text(self,
         texts:list, # captions
     )->Tensor: # `(B, D)` of length 1
-        "Embed captions, padded to the longest one"
+        """Embed captions, padded to the longest one
+
+        Parameters
+        ----------
+        texts : list
+            captions
+
+        Returns
+        -------
+        Tensor
+            `(B, D)` of length 1
+        """
         ids, mask = (x.to(self.model.device) for x in self.tokenizer.encode(texts))
         out = self.model.get_text_features(input_ids=ids, attention_mask=mask.long())
         return F.normalize(getattr(out, 'pooler_output', out), dim=-1)

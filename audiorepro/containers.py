@@ -18,7 +18,25 @@ from .mpeg import mp3_sounds, mpeg_frame, skip_titles
 # %% ../nbs/03_containers.ipynb #753562a0
 @dataclass(frozen=True)
 class Part:
-    "One sound inside a file: where it lies, and what its container tells"
+    """One sound inside a file: where it lies, and what its container tells
+
+    Parameters
+    ----------
+    kind : str
+        'wav', 'aiff', 'au', 'caf', 'w64', 'nist', 'flac', 'ogg', 'mp3'; '': another
+    start : int
+        its first byte
+    stop : int
+        the byte after its last
+    frames : int|None, default=None
+        samples per channel, counted in the container; None: the decoder tells
+    damage : str, default=''
+        what is wrong, in words; '': nothing
+    is_open : bool, default=False
+        the header gives no length, as of a sound that was written into a pipe
+    surplus : int, default=0
+        bytes behind the end that the header gives
+    """
     kind:str              # 'wav', 'aiff', 'au', 'caf', 'w64', 'nist', 'flac', 'ogg', 'mp3'; '': another
     start:int             # its first byte
     stop:int              # the byte after its last
@@ -30,7 +48,23 @@ class Part:
 # %% ../nbs/03_containers.ipynb #c78b6dc1
 @dataclass(frozen=True)
 class Layout:
-    "How a kind of container writes the names and sizes of its chunks"
+    """How a kind of container writes the names and sizes of its chunks
+
+    Parameters
+    ----------
+    kind : str
+        name of the container
+    chunk : str
+        `struct` format of name and size
+    first : int
+        byte where the first chunk starts
+    data : bytes
+        name of the chunk with the samples
+    own : int, default=0
+        bytes of name and size that the size counts too
+    align : int, default=2
+        chunks are rounded up to multiples of this
+    """
     kind:str     # name of the container
     chunk:str    # `struct` format of name and size
     first:int    # byte where the first chunk starts
@@ -49,7 +83,21 @@ def chunks(
     start:int=0, # its first byte
     limit:int=1000, # chunks looked at
 ):  # yields (name, byte where the content starts, its size in bytes)
-    "Walk from chunk to chunk by the sizes they give"
+    """Walk from chunk to chunk by the sizes they give
+
+    Parameters
+    ----------
+    data
+        bytes of a WAV, AIFF, CAF or W64 file
+    start : int, default=0
+        its first byte
+    limit : int, default=1000
+        chunks looked at
+
+    Returns
+    -------
+    yields (name, byte where the content starts, its size in bytes)
+    """
     layout = _LAYOUTS[bytes(data[start:start + 4])]
     pos, head, wide = start + layout.first, struct.calcsize(layout.chunk), None
     for _ in range(limit):
@@ -66,7 +114,18 @@ def chunks(
 def is_unknown(
     size:int, # in bytes, as in a header
 )->bool: # True for 0 and near 2^31, 2^32, 2^64 and 0x7F000000 (sox, for AIFF)
-    "Tell a size that stands for 'until the end'"
+    """Tell a size that stands for 'until the end'
+
+    Parameters
+    ----------
+    size : int
+        in bytes, as in a header
+
+    Returns
+    -------
+    bool
+        True for 0 and near 2^31, 2^32, 2^64 and 0x7F000000 (sox, for AIFF)
+    """
     return size == 0 or any(abs(size - top) <= 2**16 for top in (0x7F000000, 2**31, 2**32 - 1, 2**64 - 1))
 
 def _promised(data, kind, start, pos, length, end=0):
@@ -121,7 +180,18 @@ _BACKWARDS = bytes(int(f'{i:08b}'[::-1], 2) for i in range(256))
 def ogg_checksum(
     page:bytes, # one page, with zeros in place of its own checksum (bytes 22 to 25)
 )->int: # 32 bits
-    "Checksum of an Ogg page (RFC 3533, sec. 6)"
+    """Checksum of an Ogg page (RFC 3533, sec. 6)
+
+    Parameters
+    ----------
+    page : bytes
+        one page, with zeros in place of its own checksum (bytes 22 to 25)
+
+    Returns
+    -------
+    int
+        32 bits
+    """
     crc = zlib.crc32(page.translate(_BACKWARDS), 2**32 - 1) ^ (2**32 - 1)
     return int(f'{crc:032b}'[::-1], 2)
 
@@ -129,7 +199,19 @@ def ogg_pages(
     data, # bytes of a file
     pos:int=0, # byte where the first page starts
 ):  # yields (first byte, byte after the last, flags, name of the stream, page number)
-    "Walk from page to page; `ValueError` gives the byte where a page is cut off or damaged"
+    """Walk from page to page; `ValueError` gives the byte where a page is cut off or damaged
+
+    Parameters
+    ----------
+    data
+        bytes of a file
+    pos : int, default=0
+        byte where the first page starts
+
+    Returns
+    -------
+    yields (first byte, byte after the last, flags, name of the stream, page number)
+    """
     while bytes(data[pos:pos + 4]) == b'OggS':
         head = bytes(data[pos:pos + 282])
         end = pos + 27 + head[26] + sum(head[27:27 + head[26]]) if len(head) > 26 else len(data) + 1
@@ -228,7 +310,18 @@ def _opened(path):
 def find_parts(
     path:str|Path, # sound file of any kind
 )->list[Part]: # in their order
-    "Find the sounds in a file, and what is missing of them, without decoding"
+    """Find the sounds in a file, and what is missing of them, without decoding
+
+    Parameters
+    ----------
+    path : str|Path
+        sound file of any kind
+
+    Returns
+    -------
+    list[Part]
+        in their order
+    """
     with _opened(path) as data: return _parts(data)
 
 # %% ../nbs/03_containers.ipynb #aedaed61
@@ -329,7 +422,20 @@ def read_sound(
     path:str|Path, # sound file of any kind that libsndfile knows
     seconds:float|None=None, # to read from the start; None: all
 )->tuple[np.ndarray, int]: # `(samples, channels)` float32, and the rate in Hz
-    "Decode a file to its end, joined sounds one after the other; `ValueError` names the file and what is missing"
+    """Decode a file to its end, joined sounds one after the other; `ValueError` names the file and what is missing
+
+    Parameters
+    ----------
+    path : str|Path
+        sound file of any kind that libsndfile knows
+    seconds : float|None, default=None
+        to read from the start; None: all
+
+    Returns
+    -------
+    tuple[np.ndarray, int]
+        `(samples, channels)` float32, and the rate in Hz
+    """
     with _opened(path) as data:
         try:
             sounds, kinds, left = [], set(), seconds
@@ -360,7 +466,18 @@ def _length(source, part):
 def sound_length(
     path:str|Path, # sound file of any kind that libsndfile knows
 )->tuple[int, int]: # samples per channel, rate in Hz
-    "Length that `read_sound` gives; only a file whose header gives none is decoded for it"
+    """Length that `read_sound` gives; only a file whose header gives none is decoded for it
+
+    Parameters
+    ----------
+    path : str|Path
+        sound file of any kind that libsndfile knows
+
+    Returns
+    -------
+    tuple[int, int]
+        samples per channel, rate in Hz
+    """
     with _opened(path) as data:
         try:
             lengths = [_length(source, part) for part, source in _sources(path, data)]

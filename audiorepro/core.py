@@ -18,7 +18,13 @@ from torch import nn
 
 # %% ../nbs/01_core.ipynb #389ff456
 def project_root()->Path: # folder that holds `settings.ini`, or the working folder outside a checkout
-    "Find the checkout that the working folder or this file lies in"
+    """Find the checkout that the working folder or this file lies in
+
+    Returns
+    -------
+    Path
+        folder that holds `settings.ini`, or the working folder outside a checkout
+    """
     here = Path.cwd().resolve()
     for folder in (here, *here.parents, *Path(globals().get('__file__', here)).resolve().parents):
         if (folder/'settings.ini').exists() and (folder/'nbs').is_dir(): return folder
@@ -27,7 +33,18 @@ def project_root()->Path: # folder that holds `settings.ini`, or the working fol
 def out_dir(
     name:str='', # subfolder, made when it is missing
 )->Path: # `out/name`
-    "Where everything made on this machine goes: caches, sounds, your own weights"
+    """Where everything made on this machine goes: caches, sounds, your own weights
+
+    Parameters
+    ----------
+    name : str, default=''
+        subfolder, made when it is missing
+
+    Returns
+    -------
+    Path
+        `out/name`
+    """
     folder = Path(os.environ.get('AUDIOREPRO_OUT', project_root()/'out'))/name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -37,7 +54,15 @@ def write_atomic(
     path:str|Path, # file to make or to replace as a whole
     write, # `write(file)` puts the content into an open binary file
 ):
-    "Write beside `path`, flush to disk, then rename: a crash or a full disk leaves the old file"
+    """Write beside `path`, flush to disk, then rename: a crash or a full disk leaves the old file
+
+    Parameters
+    ----------
+    path : str|Path
+        file to make or to replace as a whole
+    write
+        `write(file)` puts the content into an open binary file
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix='.part')
@@ -60,7 +85,15 @@ def write_atomic_folder(
     path:str|Path, # folder to make; must not exist yet
     write, # `write(folder)` puts the files into an empty folder
 ):
-    "Write beside `path`, flush to disk, then rename: at every moment there is the whole folder or none"
+    """Write beside `path`, flush to disk, then rename: at every moment there is the whole folder or none
+
+    Parameters
+    ----------
+    path : str|Path
+        folder to make; must not exist yet
+    write
+        `write(folder)` puts the files into an empty folder
+    """
     path = Path(path)
     part = path.with_name(path.name + '.part')
     shutil.rmtree(part, ignore_errors=True)
@@ -76,7 +109,13 @@ def write_atomic_folder(
 
 # %% ../nbs/01_core.ipynb #7fa6615d
 def figures_dir()->Path: # `figures/` of the checkout
-    "Where lessons keep pictures and long results"
+    """Where lessons keep pictures and long results
+
+    Returns
+    -------
+    Path
+        `figures/` of the checkout
+    """
     folder = project_root()/'figures'
     folder.mkdir(exist_ok=True)
     return folder
@@ -85,7 +124,20 @@ def save_fig(
     fig, # matplotlib figure
     name:str, # 'NN_stem_what', without ending
 )->Path: # the PNG file
-    "Save a picture at 120 dpi and 256 colours without metadata: small files, the same bytes in every run"
+    """Save a picture at 120 dpi and 256 colours without metadata: small files, the same bytes in every run
+
+    Parameters
+    ----------
+    fig
+        matplotlib figure
+    name : str
+        'NN_stem_what', without ending
+
+    Returns
+    -------
+    Path
+        the PNG file
+    """
     from PIL import Image
     path, buffer = figures_dir()/f'{name}.png', io.BytesIO()
     fig.savefig(buffer, format='png', dpi=120, bbox_inches='tight')
@@ -96,7 +148,20 @@ def save_json(
     name:str, # 'NN_stem_what', without ending
     **values, # plain values: results, seed, config, ...
 )->Path: # the JSON file
-    "Keep the results of a long run with the versions and the device they came from"
+    """Keep the results of a long run with the versions and the device they came from
+
+    Parameters
+    ----------
+    name : str
+        'NN_stem_what', without ending
+    **values
+        plain values: results, seed, config, ...
+
+    Returns
+    -------
+    Path
+        the JSON file
+    """
     import platform
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
     stamp = dict(device=device, torch=torch.__version__, python=platform.python_version())
@@ -107,7 +172,18 @@ def save_json(
 def load_json(
     name:str, # as in `save_json`
 )->dict|None: # None when the run was never made
-    "Read the kept results of a long run"
+    """Read the kept results of a long run
+
+    Parameters
+    ----------
+    name : str
+        as in `save_json`
+
+    Returns
+    -------
+    dict|None
+        None when the run was never made
+    """
     path = figures_dir()/f'{name}.json'
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -167,7 +243,13 @@ class Config:
     def __post_init__(self): _check_types(self)
 
     def to_dict(self)->dict: # plain values
-        "The fields as a dictionary that JSON can hold"
+        """The fields as a dictionary that JSON can hold
+
+        Returns
+        -------
+        dict
+            plain values
+        """
         return asdict(self)
 
     @classmethod
@@ -184,14 +266,26 @@ class Config:
     def save(self,
         path:str|Path, # JSON file
     ):
-        "Write the settings atomically as readable JSON"
+        """Write the settings atomically as readable JSON
+
+        Parameters
+        ----------
+        path : str|Path
+            JSON file
+        """
         write_atomic(path, lambda f: f.write((json.dumps(self.to_dict(), indent=2) + '\n').encode()))
 
     @classmethod
     def load(cls,
         path:str|Path, # JSON file
     ):
-        "Read settings; errors name the file"
+        """Read settings; errors name the file
+
+        Parameters
+        ----------
+        path : str|Path
+            JSON file
+        """
         try: return cls.from_dict(json.loads(Path(path).read_text()))
         except (ValueError, TypeError) as e: raise ValueError(f"{path}: {e}") from e
 
@@ -199,7 +293,18 @@ class Config:
 def count_params(
     model:nn.Module|typing.Callable, # a module, or a function that builds one (built on the meta device: no memory)
 )->int: # number of parameters, buffers not counted
-    "Count parameters, also of models too big for this machine"
+    """Count parameters, also of models too big for this machine
+
+    Parameters
+    ----------
+    model : nn.Module|typing.Callable
+        a module, or a function that builds one (built on the meta device: no memory)
+
+    Returns
+    -------
+    int
+        number of parameters, buffers not counted
+    """
     if not isinstance(model, nn.Module):
         with torch.device('meta'): model = model()
     return sum(p.numel() for p in model.parameters())
@@ -208,11 +313,30 @@ def make_generator(
     seed:int, # any int
     device:str|torch.device='cpu', # where the random numbers are drawn
 )->torch.Generator: # independent of the global state
-    "A seeded source of random numbers"
+    """A seeded source of random numbers
+
+    Parameters
+    ----------
+    seed : int
+        any int
+    device : str|torch.device, default='cpu'
+        where the random numbers are drawn
+
+    Returns
+    -------
+    torch.Generator
+        independent of the global state
+    """
     return torch.Generator(device).manual_seed(seed)
 
 def default_device()->torch.device: # cuda, else cpu
-    "The fastest device there is"
+    """The fastest device there is
+
+    Returns
+    -------
+    torch.device
+        cuda, else cpu
+    """
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 # %% ../nbs/01_core.ipynb #27b38a92
@@ -223,7 +347,20 @@ def find_weights(
     name:str|Path, # `"toy"` (shipped), `"mine"` (trained here), `"toy/NAME"`, `"mine/NAME"`, a folder, a file, a hub id
     component:str, # NAME when `name` gives none
 )->Path: # folder that holds `config.json` and weights; or somebody else's folder or file
-    "Turn the name of some weights into a place on disk; `FileNotFoundError` says what was tried"
+    """Turn the name of some weights into a place on disk; `FileNotFoundError` says what was tried
+
+    Parameters
+    ----------
+    name : str|Path
+        `"toy"` (shipped), `"mine"` (trained here), `"toy/NAME"`, `"mine/NAME"`, a folder, a file, a hub id
+    component : str
+        NAME when `name` gives none
+
+    Returns
+    -------
+    Path
+        folder that holds `config.json` and weights; or somebody else's folder or file
+    """
     kind, _, part = str(name).partition('/')
     if kind == 'mine':
         mine = out_dir('weights')/(part or component)
@@ -248,7 +385,18 @@ def _holds_weights(path):
 def is_foreign(
     path:Path, # from `find_weights`
 )->bool: # False where `save_pretrained` wrote
-    "Tell files of other libraries: they have no `config.json`, or one with marks of its own"
+    """Tell files of other libraries: they have no `config.json`, or one with marks of its own
+
+    Parameters
+    ----------
+    path : Path
+        from `find_weights`
+
+    Returns
+    -------
+    bool
+        False where `save_pretrained` wrote
+    """
     if not (path/'config.json').is_file(): return True
     try: found = json.loads((path/'config.json').read_text())
     except ValueError: return False  # a damaged file: `Config.load` says so
@@ -270,7 +418,18 @@ def _from_hub(name):
 def read_safetensors(
     path:str|Path, # a `.safetensors` file
 )->dict: # name -> tensor
-    "Read tensors; pickles and damaged files are refused with the file's name and never executed"
+    """Read tensors; pickles and damaged files are refused with the file's name and never executed
+
+    Parameters
+    ----------
+    path : str|Path
+        a `.safetensors` file
+
+    Returns
+    -------
+    dict
+        name -> tensor
+    """
     from safetensors.torch import load_file
     if not Path(path).exists(): raise FileNotFoundError(f"{path} does not exist")
     try: return load_file(str(path))
@@ -285,7 +444,17 @@ def load_strict(
     state:dict, # name -> tensor
     where='state', # named in the error
 ):
-    "Load every tensor or none; the error lists what is missing, surplus or of another shape"
+    """Load every tensor or none; the error lists what is missing, surplus or of another shape
+
+    Parameters
+    ----------
+    model : nn.Module
+        receives the tensors
+    state : dict
+        name -> tensor
+    where : default='state'
+        named in the error
+    """
     own = model.state_dict()
     problems = [f"missing {k}" for k in own if k not in state] + [f"surplus {k}" for k in state if k not in own]
     problems += [f"{k} has shape {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
@@ -310,7 +479,17 @@ class Model(nn.Module):
         dtype:torch.dtype|None=None, # of the saved floating-point tensors; None keeps each as it is
         metadata:dict|None=None, # strings for the file's header
     ):
-        "Write `config.json` and `model.safetensors`, each atomically"
+        """Write `config.json` and `model.safetensors`, each atomically
+
+        Parameters
+        ----------
+        folder : str|Path
+            made when missing
+        dtype : torch.dtype|None, default=None
+            of the saved floating-point tensors; None keeps each as it is
+        metadata : dict|None, default=None
+            strings for the file's header
+        """
         from safetensors.torch import save
         state = {}
         for k, v in self.state_dict().items():
@@ -327,7 +506,17 @@ class Model(nn.Module):
         device:str|torch.device='cpu', # where the weights go
         dtype:torch.dtype=torch.float32, # of the floating-point tensors
     ):
-        "Rebuild a model in eval mode; one `ValueError` lists missing, surplus and misshaped tensors"
+        """Rebuild a model in eval mode; one `ValueError` lists missing, surplus and misshaped tensors
+
+        Parameters
+        ----------
+        name : str|Path, default='toy'
+            see `find_weights`
+        device : str|torch.device, default='cpu'
+            where the weights go
+        dtype : torch.dtype, default=torch.float32
+            of the floating-point tensors
+        """
         path = find_weights(name, cls.component)
         if is_foreign(path): model = cls.from_foreign(path)
         else:
@@ -342,7 +531,24 @@ def at_scale(
     hours:float=None, # expected time
     memory_gb:float=None, # expected memory
 )->bool: # True when the environment variable `AUDIOREPRO_RUN` names `kind`
-    "Gate long work in code: say what is skipped, what it would cost and how to switch it on"
+    """Gate long work in code: say what is skipped, what it would cost and how to switch it on
+
+    Parameters
+    ----------
+    kind : str
+        'slow' (minutes of CPU) or 'gpu'
+    minutes : float, default=None
+        expected time
+    hours : float, default=None
+        expected time
+    memory_gb : float, default=None
+        expected memory
+
+    Returns
+    -------
+    bool
+        True when the environment variable `AUDIOREPRO_RUN` names `kind`
+    """
     if kind not in ('slow', 'gpu'): raise ValueError(f"kind must be 'slow' or 'gpu', got {kind!r}")
     if kind in os.environ.get('AUDIOREPRO_RUN', '').split(','): return True
     cost = [f"{n:g} {unit}" for n, unit in ((minutes, 'minutes'), (hours, 'hours'), (memory_gb, 'GB')) if n is not None]

@@ -18,7 +18,19 @@ from .tables import as_number, read_rows
 # %% ../nbs/15_corpora.ipynb #f02963d6
 @dataclass
 class Report:
-    "What a reader of a corpus found, and what it left out"
+    """What a reader of a corpus found, and what it left out
+
+    Parameters
+    ----------
+    name : str
+        corpus and split
+    rows : int, default=0
+        lines of the table
+    clips : int, default=0
+        records made
+    skipped : list[tuple[str, str]], default=field(default_factory=list)
+        (file, id or row, reason)
+    """
     name:str                      # corpus and split
     rows:int = 0                  # lines of the table
     clips:int = 0                 # records made
@@ -28,7 +40,15 @@ class Report:
         item:str, # file, id or row
         reason:str, # the same words for the same kind of problem, so that they can be counted
     ):
-        "Leave an item out and remember why"
+        """Leave an item out and remember why
+
+        Parameters
+        ----------
+        item : str
+            file, id or row
+        reason : str
+            the same words for the same kind of problem, so that they can be counted
+        """
         self.skipped.append((item, reason))
     def __str__(self):
         why = ''.join(f'\n  {count} x {reason}, for example {next(i for i, r in self.skipped if r == reason)}'
@@ -55,14 +75,40 @@ def find_clip(
     folders:list[Path], # searched in this order
     names:list[str], # possible names without ending
 )->Path|None: # the first file that exists
-    "Look for a clip under several names and endings"
+    """Look for a clip under several names and endings
+
+    Parameters
+    ----------
+    folders : list[Path]
+        searched in this order
+    names : list[str]
+        possible names without ending
+
+    Returns
+    -------
+    Path|None
+        the first file that exists
+    """
     return next((f for d in folders for n in names for e in AUDIO_ENDINGS if os.path.isfile(f := d/f'{n}{e}')), None)
 
 def audiocaps(
     root:str|Path, # folder of `train.csv`, `val.csv`, `test.csv`; clips in it, in `SPLIT/`, `audio/` or `audio/SPLIT/`
     split:str='train', # 'train', 'val' or 'test'
 )->tuple[list[Record], Report]: # lazy records, one a clip with all its captions
-    "Read AudioCaps (Kim et al. 2019) as far as its clips are there"
+    """Read AudioCaps (Kim et al. 2019) as far as its clips are there
+
+    Parameters
+    ----------
+    root : str|Path
+        folder of `train.csv`, `val.csv`, `test.csv`; clips in it, in `SPLIT/`, `audio/` or `audio/SPLIT/`
+    split : str, default='train'
+        'train', 'val' or 'test'
+
+    Returns
+    -------
+    tuple[list[Record], Report]
+        lazy records, one a clip with all its captions
+    """
     if split not in ('train', 'val', 'test'): raise ValueError(f"split must be 'train', 'val' or 'test', got {split!r}")
     root, report, clips = Path(root), Report(f'AudioCaps {split}'), {}
     for row in _rows(root/f'{split}.csv', ('youtube_id', 'caption'), ('start_time',), report):
@@ -85,7 +131,22 @@ def esc50(
     folds:tuple[int, ...]=(1, 2, 3, 4, 5), # which of the five
     classes:tuple[str, ...]|None=None, # keep only these; None: all
 )->tuple[list[Record], Report]: # lazy records, one label each
-    "Read ESC-50 (Piczak 2015)"
+    """Read ESC-50 (Piczak 2015)
+
+    Parameters
+    ----------
+    root : str|Path
+        folder with `meta/esc50.csv` and `audio/`
+    folds : tuple[int, ...], default=(1, 2, 3, 4, 5)
+        which of the five
+    classes : tuple[str, ...]|None, default=None
+        keep only these; None: all
+
+    Returns
+    -------
+    tuple[list[Record], Report]
+        lazy records, one label each
+    """
     if not folds or not set(folds) <= {1, 2, 3, 4, 5}: raise ValueError(f"folds must be among 1 to 5, got {folds}")
     root, report, records = Path(root), Report(f"ESC-50 folds {', '.join(map(str, folds))}"), []
     rows = _rows(root/'meta'/'esc50.csv', ('filename', 'category'), ('fold', 'target'), report)

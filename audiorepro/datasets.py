@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from . import sounds
 from .audio import Record, fit_length, load_audio, resample
+from .containers import sound_length
 from .core import out_dir, read_safetensors, write_atomic
 from .mel import FbankConfig, MelConfig, audiomae_input, log_mel
 from .tables import as_texts, is_text, read_lines, read_rows
@@ -27,19 +28,34 @@ from .tables import as_texts, is_text, read_lines, read_rows
 AUDIO_ENDINGS = ('.wav', '.flac', '.ogg', '.mp3')
 
 def lazy_record(
-    path:str|Path, # audio file; only its header is read now
+    path:str|Path, # audio file; its length is counted now (lesson 03), its samples are read later
     captions=(), # one string or several
     labels=(), # one class name or several
     **meta, # anything else worth keeping: transcript, speaker, licence; `duration` in s reads no more than that
 )->Record: # its `wav` loads on first use
-    "Describe a sound file without decoding it; `ValueError` names an unreadable file"
-    import soundfile
-    try: info = soundfile.info(str(path))
-    except Exception as e: raise ValueError(f"{path} is not a readable sound file: {e}") from e
-    if info.frames == 0: raise ValueError(f"{path} holds no samples")
+    """Describe a sound file without decoding it; `ValueError` names an unreadable or truncated file
+
+    Parameters
+    ----------
+    path : str|Path
+        audio file; its length is counted now (lesson 03), its samples are read later
+    captions : default=()
+        one string or several
+    labels : default=()
+        one class name or several
+    **meta
+        anything else worth keeping: transcript, speaker, licence; `duration` in s reads no more than that
+
+    Returns
+    -------
+    Record
+        its `wav` loads on first use
+    """
+    frames, rate = sound_length(path)
+    if frames == 0: raise ValueError(f"{path} holds no samples")
     captions, labels = as_texts(captions, f'captions of {path}'), as_texts(labels, f'labels of {path}')
-    meta = dict(meta, path=str(path), seconds=info.frames/info.samplerate)
-    return Record(Path(path).stem, None, info.samplerate, captions, labels, meta)
+    meta = dict(meta, path=str(path), seconds=frames/rate)
+    return Record(Path(path).stem, None, rate, captions, labels, meta)
 
 # %% ../nbs/14_datasets.ipynb #2090d8a7
 def _sidecar(path):
@@ -59,7 +75,20 @@ def read_folder(
     folder:str|Path, # searched with its subfolders, in sorted order; hidden files are left out
     captions:dict|None=None, # file name or path inside `folder` -> caption(s); None reads `name.txt` beside each sound
 )->list[Record]: # one lazy record a file; a subfolder's name becomes the label
-    "Turn every sound below a folder into a record"
+    """Turn every sound below a folder into a record
+
+    Parameters
+    ----------
+    folder : str|Path
+        searched with its subfolders, in sorted order; hidden files are left out
+    captions : dict|None, default=None
+        file name or path inside `folder` -> caption(s); None reads `name.txt` beside each sound
+
+    Returns
+    -------
+    list[Record]
+        one lazy record a file; a subfolder's name becomes the label
+    """
     folder = Path(folder)
     if not folder.is_dir(): raise ValueError(f"folder {folder} does not exist")
     files = sorted(p for p in folder.rglob('*') if _is_sound(p, folder))
@@ -79,7 +108,26 @@ def read_table(
     caption_columns:str|tuple[str, ...]=('caption',), # each holds a caption or a list of captions
     encoding:str|None=None, # of a table that is not in UTF-8, for example 'cp1252'
 )->list[Record]: # one a file, with the captions of all its rows; `meta['columns']`: the rest of its first row
-    "Turn the rows of a table into lazy records; `ValueError` names file and row"
+    """Turn the rows of a table into lazy records; `ValueError` names file and row
+
+    Parameters
+    ----------
+    table : str|Path
+        CSV, TSV, JSON or JSON lines, see `read_rows`
+    audio_root : str|Path|None, default=None
+        folder the audio column is relative to; None is the table's own folder
+    audio_column : str, default='audio'
+        holds the file name
+    caption_columns : str|tuple[str, ...], default=('caption',)
+        each holds a caption or a list of captions
+    encoding : str|None, default=None
+        of a table that is not in UTF-8, for example 'cp1252'
+
+    Returns
+    -------
+    list[Record]
+        one a file, with the captions of all its rows; `meta['columns']`: the rest of its first row
+    """
     root, found = Path(audio_root or Path(table).parent), {}
     columns = (caption_columns,) if isinstance(caption_columns, str) else tuple(caption_columns)
     for number, row in enumerate(read_rows(table, (audio_column, *columns), encoding), 1):
@@ -111,7 +159,18 @@ during'''.split())
 def lemma(
     word:str, # lower case
 )->str: # 'barks', 'barked', 'barking' -> 'bark'
-    "Strip the regular English endings (a rule of thumb, not a dictionary)"
+    """Strip the regular English endings (a rule of thumb, not a dictionary)
+
+    Parameters
+    ----------
+    word : str
+        lower case
+
+    Returns
+    -------
+    str
+        'barks', 'barked', 'barking' -> 'bark'
+    """
     if word in _KEEP or len(word) < 4: return word
     if word.endswith('ies'): return word[:-3] + 'y'
     if word.endswith(('sses', 'shes', 'ches', 'xes', 'zzes')): return word[:-2]
@@ -130,7 +189,20 @@ def clean_caption(
     text:str|list[str], # a caption, or a list of tags
     drop:tuple[str, ...]=('speech',), # a caption with one of these words is refused
 )->str|None: # None: leave this item out
-    "Lower case, no numbers, no stop words, lemmas; tags become one pseudo-sentence (L_rr, sec. 4.1)"
+    """Lower case, no numbers, no stop words, lemmas; tags become one pseudo-sentence (L_rr, sec. 4.1)
+
+    Parameters
+    ----------
+    text : str|list[str]
+        a caption, or a list of tags
+    drop : tuple[str, ...], default=('speech',)
+        a caption with one of these words is refused
+
+    Returns
+    -------
+    str|None
+        None: leave this item out
+    """
     words = re.findall("[a-z]+(?:'[a-z]+)?", (text if isinstance(text, str) else ' '.join(text)).lower())
     words = [w.removesuffix("'s") for w in words]
     if any(w in drop or lemma(w) in drop for w in words): return None
@@ -138,7 +210,25 @@ def clean_caption(
 
 # %% ../nbs/14_datasets.ipynb #2a577eb2
 class CaptionedAudio(torch.utils.data.Dataset):
-    "Records as training items: a window of fixed length, one caption"
+    """Records as training items: a window of fixed length, one caption
+
+    Parameters
+    ----------
+    records : list[Record]
+        may be lazy: decoding happens in `__getitem__`, so in the loader's workers
+    sample_rate : int, default=16_000
+        Hz, sounds are resampled to it
+    duration : float, default=10.24
+        s; longer sounds are cropped, shorter ones padded with zeros
+    features : dict[str, Callable]|None, default=None
+        name -> function of `wav (1, samples)`, for example `dict(mel=...)`
+    crop : str, default='random'
+        where a longer sound is cut: 'random' or 'start'
+    prepare : Callable|None, default=None
+        what to do with the window before it is padded, for example `audio.normalize`
+    seed : int, default=0
+        crops and captions are a function of (seed, epoch, index)
+    """
     def __init__(self,
         records:list[Record], # may be lazy: decoding happens in `__getitem__`, so in the loader's workers
         sample_rate:int=16_000, # Hz, sounds are resampled to it
@@ -166,14 +256,39 @@ class CaptionedAudio(torch.utils.data.Dataset):
 def collate(
     items:list[dict], # of equal keys and equal tensor shapes
 )->dict: # tensors stacked to `(B, ...)`, everything else as lists
-    "Join items to a batch"
+    """Join items to a batch
+
+    Parameters
+    ----------
+    items : list[dict]
+        of equal keys and equal tensor shapes
+
+    Returns
+    -------
+    dict
+        tensors stacked to `(B, ...)`, everything else as lists
+    """
     columns = {k: [x[k] for x in items] for k in items[0]}
     return {k: torch.stack(v) if isinstance(v[0], Tensor) else v for k, v in columns.items()}
 
 # %% ../nbs/14_datasets.ipynb #028a781b
 @dataclass
 class ToySet:
-    "Clips of the toy world as training needs them: features in half precision, captions, truth"
+    """Clips of the toy world as training needs them: features in half precision, captions, truth
+
+    Parameters
+    ----------
+    mel : Tensor
+        (N, 256, 64) float16, natural log, the VAE's front end
+    fbank : Tensor
+        (N, 256, 64) float16, normalised, AudioMAE's front end
+    captions : list[str]
+        one a clip
+    meta : list[dict]
+        truth of each clip, see `sounds`
+    args : dict
+        split, family, kind: what `make_record` needs to sound again
+    """
     mel:Tensor          # (N, 256, 64) float16, natural log, the VAE's front end
     fbank:Tensor        # (N, 256, 64) float16, normalised, AudioMAE's front end
     captions:list[str]  # one a clip
@@ -184,24 +299,72 @@ class ToySet:
     def record(self,
         i:int, # index of the clip
     )->Record: # the whole record, with its waveform
-        "Make one clip again from its seed"
+        """Make one clip again from its seed
+
+        Parameters
+        ----------
+        i : int
+            index of the clip
+
+        Returns
+        -------
+        Record
+            the whole record, with its waveform
+        """
         return sounds.make_record(self.meta[i]['seed'], **self.args)
     def wav(self,
         i:int, # index of the clip
     )->Tensor: # `(samples,)` at 16 kHz
-        "Sound one clip again"
+        """Sound one clip again
+
+        Parameters
+        ----------
+        i : int
+            index of the clip
+
+        Returns
+        -------
+        Tensor
+            `(samples,)` at 16 kHz
+        """
         return sounds.render(self.meta[i])
     def paraphrase(self,
         i:int, # index of the clip
         seed:int=0, # another number, another wording
         book:str='train', # phrase book; 'test' holds sentences that training never uses
     )->str: # a caption with the same truth
-        "Say one clip in other words"
+        """Say one clip in other words
+
+        Parameters
+        ----------
+        i : int
+            index of the clip
+        seed : int, default=0
+            another number, another wording
+        book : str, default='train'
+            phrase book; 'test' holds sentences that training never uses
+
+        Returns
+        -------
+        str
+            a caption with the same truth
+        """
         return sounds.caption(self.meta[i], np.random.default_rng([seed, i, 77]), book)
     def subset(self,
         indices, # of the clips to keep
     )->'ToySet': # features are copied
-        "Keep some clips"
+        """Keep some clips
+
+        Parameters
+        ----------
+        indices
+            of the clips to keep
+
+        Returns
+        -------
+        'ToySet'
+            features are copied
+        """
         pick = torch.as_tensor(indices)
         captions, meta = ([x[i] for i in pick.tolist()] for x in (self.captions, self.meta))
         return ToySet(self.mel[pick], self.fbank[pick], captions, meta, self.args)
@@ -266,7 +429,30 @@ def toy_set(
     cache:bool=True, # keep under `out/cache` and read from there, memory-mapped
     workers:int=2, # processes
 )->ToySet: # the same for the same arguments, on any number of workers
-    "Synthesise clips with features and captions once; later calls, also of other processes, read the file"
+    """Synthesise clips with features and captions once; later calls, also of other processes, read the file
+
+    Parameters
+    ----------
+    n : int
+        number of clips, below 2**24
+    split : str, default='train'
+        'train', 'heldout' (captions that name what training never names) or 'all'
+    seed : int, default=0
+        sets of different seeds share no clip
+    family : str|None, default=None
+        None mixes; 'event', 'melody', 'speech'
+    kind : str|None, default=None
+        None mixes; 'single', 'then', 'while', 'three'
+    cache : bool, default=True
+        keep under `out/cache` and read from there, memory-mapped
+    workers : int, default=2
+        processes
+
+    Returns
+    -------
+    ToySet
+        the same for the same arguments, on any number of workers
+    """
     if not 0 < n < 2**24: raise ValueError(f"n must be 1 to 2**24 - 1 clips, got {n}")
     args = dict(split=split, family=family, kind=kind)
     if not cache: tensors, text = _make_toy_set(n, split, seed, args, workers)
@@ -297,7 +483,28 @@ def encode_once(
     batch_size:int=32, # clips at a time
     cache:bool=True, # keep under `out/cache`, under the hash of clips and weights
 )->Tensor: # `(len(toy), ...)`
-    "What a frozen model says about each clip, computed once"
+    """What a frozen model says about each clip, computed once
+
+    Parameters
+    ----------
+    toy : ToySet
+        the clips
+    model : torch.nn.Module
+        frozen
+    make
+        `make(clips)` -> `(n, ...)` tensor on the CPU; runs `model` on a part of the set
+    name : str
+        of the result, with every setting that changes it
+    batch_size : int, default=32
+        clips at a time
+    cache : bool, default=True
+        keep under `out/cache`, under the hash of clips and weights
+
+    Returns
+    -------
+    Tensor
+        `(len(toy), ...)`
+    """
     from safetensors.torch import save
     key = hashlib.sha256(f'{toy.args}{[m["seed"] for m in toy.meta]}'.encode())
     for v in (toy.fbank[::97], *model.state_dict().values()): key.update(v.cpu().numpy().tobytes())

@@ -20,7 +20,23 @@ from .core import Config
 # %% ../nbs/40_diffusion.ipynb #26715ad4
 @dataclass(frozen=True)
 class Schedule(Config):
-    "How much noise each training step adds, and what the denoiser predicts"
+    """How much noise each training step adds, and what the denoiser predicts
+
+    Parameters
+    ----------
+    num_train_timesteps : int, default=1000
+        steps T
+    beta_start : float, default=.0015
+        noise variance of the first step
+    beta_end : float, default=.0195
+        noise variance of the last step
+    beta_schedule : str, default='sqrt_linear'
+        'sqrt_linear': straight line in sqrt(beta); 'linear': in beta
+    prediction_type : str, default='eps'
+        'eps': the noise; 'v': a mix of noise and data
+    steps_offset : int, default=1
+        steps; DDIM visits t + steps_offset
+    """
     num_train_timesteps:int=1000      # steps T
     beta_start:float=.0015            # noise variance of the first step
     beta_end:float=.0195              # noise variance of the last step
@@ -38,7 +54,13 @@ class Schedule(Config):
 
     @cached_property
     def beta(self)->Tensor: # `(T,)` float32
-        "Variance of the noise added at each step"
+        """Variance of the noise added at each step
+
+        Returns
+        -------
+        Tensor
+            `(T,)` float32
+        """
         p = .5 if self.beta_schedule == 'sqrt_linear' else 1.
         line = torch.linspace(self.beta_start**p, self.beta_end**p, self.num_train_timesteps, dtype=torch.float64)
         return (line**(1/p)).float()
@@ -48,7 +70,13 @@ class Schedule(Config):
 
     @cached_property
     def alpha_bar(self)->Tensor: # `(T,)` float32
-        "Share of the variance that survives up to and including each step (eq. 5)"
+        """Share of the variance that survives up to and including each step (eq. 5)
+
+        Returns
+        -------
+        Tensor
+            `(T,)` float32
+        """
         return (1 - self.beta.double()).cumprod(0).float()
 
     @classmethod
@@ -64,7 +92,22 @@ def at(
     t:Tensor, # `(B,)` int64, 0-based step
     like:Tensor, # `(B, ...)` tensor to multiply; gives device, dtype and number of axes
 )->Tensor: # `(B, 1, ...)`
-    "Pick each item's number and shape it so that it multiplies a batch"
+    """Pick each item's number and shape it so that it multiplies a batch
+
+    Parameters
+    ----------
+    values : Tensor
+        `(T,)` one number per step
+    t : Tensor
+        `(B,)` int64, 0-based step
+    like : Tensor
+        `(B, ...)` tensor to multiply; gives device, dtype and number of axes
+
+    Returns
+    -------
+    Tensor
+        `(B, 1, ...)`
+    """
     return values.to(like.device)[t.to(like.device)].to(like.dtype).view(-1, *[1]*(like.ndim - 1))
 
 def q_sample(
@@ -73,7 +116,24 @@ def q_sample(
     alpha_bar:Tensor, # `(T,)` cumulative product of `1 - beta`
     eps:Tensor, # `(B, ...)` unit Gaussian noise
 )->Tensor: # `(B, ...)` noisy latent `z_t`
-    "Jump from `z_0` to `z_t` in one step (AudioLDM 2, sec. III-D, eq. 5)"
+    """Jump from `z_0` to `z_t` in one step (AudioLDM 2, sec. III-D, eq. 5)
+
+    Parameters
+    ----------
+    z_0 : Tensor
+        `(B, ...)` clean latent
+    t : Tensor
+        `(B,)` int64, 0-based training step
+    alpha_bar : Tensor
+        `(T,)` cumulative product of `1 - beta`
+    eps : Tensor
+        `(B, ...)` unit Gaussian noise
+
+    Returns
+    -------
+    Tensor
+        `(B, ...)` noisy latent `z_t`
+    """
     return at(alpha_bar.sqrt(), t, z_0)*z_0 + at((1 - alpha_bar).sqrt(), t, z_0)*eps
 
 # %% ../nbs/40_diffusion.ipynb #8d2d693e
@@ -83,7 +143,24 @@ def target(
     t:Tensor, # `(B,)` int64, 0-based step
     schedule:Schedule, # knows its `prediction_type`
 )->Tensor: # `(B, ...)` what the denoiser should say
-    "The regression target: the noise, or v = a eps - s z_0 (Salimans and Ho, 2022, sec. 4)"
+    """The regression target: the noise, or v = a eps - s z_0 (Salimans and Ho, 2022, sec. 4)
+
+    Parameters
+    ----------
+    z_0 : Tensor
+        `(B, ...)` clean latent
+    eps : Tensor
+        `(B, ...)` the noise that was mixed in
+    t : Tensor
+        `(B,)` int64, 0-based step
+    schedule : Schedule
+        knows its `prediction_type`
+
+    Returns
+    -------
+    Tensor
+        `(B, ...)` what the denoiser should say
+    """
     if schedule.prediction_type == 'eps': return eps
     a, s = at(schedule.alpha_bar.sqrt(), t, eps), at((1 - schedule.alpha_bar).sqrt(), t, eps)
     return a*eps - s*z_0
@@ -94,7 +171,24 @@ def to_z0(
     t:Tensor, # `(B,)` int64, 0-based step
     schedule:Schedule, # knows its `prediction_type`
 )->Tensor: # `(B, ...)` the clean latent it believes in
-    "Turn a prediction into an estimate of the clean latent"
+    """Turn a prediction into an estimate of the clean latent
+
+    Parameters
+    ----------
+    pred : Tensor
+        `(B, ...)` output of the denoiser
+    z_t : Tensor
+        `(B, ...)` its input
+    t : Tensor
+        `(B,)` int64, 0-based step
+    schedule : Schedule
+        knows its `prediction_type`
+
+    Returns
+    -------
+    Tensor
+        `(B, ...)` the clean latent it believes in
+    """
     a, s = at(schedule.alpha_bar.sqrt(), t, z_t), at((1 - schedule.alpha_bar).sqrt(), t, z_t)
     return (z_t - s*pred)/a if schedule.prediction_type == 'eps' else a*z_t - s*pred
 
@@ -104,7 +198,24 @@ def to_eps(
     t:Tensor, # `(B,)` int64, 0-based step
     schedule:Schedule, # knows its `prediction_type`
 )->Tensor: # `(B, ...)` the noise it believes in
-    "Turn a prediction into an estimate of the noise"
+    """Turn a prediction into an estimate of the noise
+
+    Parameters
+    ----------
+    pred : Tensor
+        `(B, ...)` output of the denoiser
+    z_t : Tensor
+        `(B, ...)` its input
+    t : Tensor
+        `(B,)` int64, 0-based step
+    schedule : Schedule
+        knows its `prediction_type`
+
+    Returns
+    -------
+    Tensor
+        `(B, ...)` the noise it believes in
+    """
     if schedule.prediction_type == 'eps': return pred
     return at(schedule.alpha_bar.sqrt(), t, z_t)*pred + at((1 - schedule.alpha_bar).sqrt(), t, z_t)*z_t
 
@@ -117,7 +228,28 @@ def diffusion_loss(
     generator:torch.Generator|None=None, # draws steps and noise
     weight:Tensor|None=None, # `(T,)` weight of each step; None weighs all alike
 )->Tensor: # scalar, mean squared error
-    "Train to denoise a random step (AudioLDM 2, sec. III-D, eq. 7)"
+    """Train to denoise a random step (AudioLDM 2, sec. III-D, eq. 7)
+
+    Parameters
+    ----------
+    denoiser
+        `f(z_t, t, cond)` gives a prediction shaped like `z_t`
+    z_0 : Tensor
+        `(B, ...)` clean latents
+    schedule : Schedule
+        noise levels and kind of prediction
+    cond : default=None
+        passed on to the denoiser
+    generator : torch.Generator|None, default=None
+        draws steps and noise
+    weight : Tensor|None, default=None
+        `(T,)` weight of each step; None weighs all alike
+
+    Returns
+    -------
+    Tensor
+        scalar, mean squared error
+    """
     t = draw_steps(len(z_0), schedule, generator).to(z_0.device)
     eps = draw_noise(z_0.shape, generator, z_0.device, z_0.dtype)
     pred = denoiser(q_sample(z_0, t, schedule.alpha_bar, eps), t, cond)
@@ -129,7 +261,22 @@ def draw_steps(
     schedule:Schedule, # gives the number of training steps
     generator:torch.Generator|None=None, # source of randomness
 )->Tensor: # `(n,)` int64 in 0 .. T-1, on the generator's device
-    "Draw training steps uniformly"
+    """Draw training steps uniformly
+
+    Parameters
+    ----------
+    n : int
+        how many
+    schedule : Schedule
+        gives the number of training steps
+    generator : torch.Generator|None, default=None
+        source of randomness
+
+    Returns
+    -------
+    Tensor
+        `(n,)` int64 in 0 .. T-1, on the generator's device
+    """
     device = generator.device if generator else 'cpu'
     return torch.randint(schedule.num_train_timesteps, (n,), generator=generator, device=device)
 
@@ -139,7 +286,24 @@ def draw_noise(
     device:str|torch.device='cpu', # of the result; drawing happens on the generator's device
     dtype:torch.dtype=torch.float32, # of the result
 )->Tensor: # unit Gaussian noise
-    "Draw noise; with one generator per item an item's noise does not depend on its neighbours"
+    """Draw noise; with one generator per item an item's noise does not depend on its neighbours
+
+    Parameters
+    ----------
+    shape : tuple
+        `(B, ...)`
+    generator : torch.Generator|list|None, default=None
+        one for the batch, or a list with one per item
+    device : str|torch.device, default='cpu'
+        of the result; drawing happens on the generator's device
+    dtype : torch.dtype, default=torch.float32
+        of the result
+
+    Returns
+    -------
+    Tensor
+        unit Gaussian noise
+    """
     if isinstance(generator, (list, tuple)):
         if len(generator) != shape[0]:
             raise ValueError(f"generator: {len(generator)} generators for a batch of {shape[0]}; give one or one each")
@@ -152,7 +316,20 @@ def min_snr_weight(
     schedule:Schedule, # noise levels
     gamma:float=5., # signal-to-noise ratio above which a step counts less
 )->Tensor: # `(T,)` in (0, 1], for `diffusion_loss`
-    "Weigh each step by min(SNR, gamma)/SNR (Hang et al. 2023, as Tango's code has it)"
+    """Weigh each step by min(SNR, gamma)/SNR (Hang et al. 2023, as Tango's code has it)
+
+    Parameters
+    ----------
+    schedule : Schedule
+        noise levels
+    gamma : float, default=5.
+        signal-to-noise ratio above which a step counts less
+
+    Returns
+    -------
+    Tensor
+        `(T,)` in (0, 1], for `diffusion_loss`
+    """
     if gamma <= 0: raise ValueError(f"gamma must be positive, got {gamma}")
     bars = schedule.alpha_bar.double()
     return (gamma*(1 - bars)/bars).clamp(max=1).float()
@@ -165,7 +342,26 @@ def posterior(
     t_prev:int, # step to go back to; -1 means clean
     alpha_bar:Tensor, # `(T,)`
 )->tuple[Tensor, float]: # mean `(B, ...)` and variance of `z_{t_prev}`
-    "Where a noisy latent came from when the clean one is known (DDPM, sec. 2, eq. 6-7)"
+    """Where a noisy latent came from when the clean one is known (DDPM, sec. 2, eq. 6-7)
+
+    Parameters
+    ----------
+    z_0 : Tensor
+        `(B, ...)` clean latent, or its estimate
+    z_t : Tensor
+        `(B, ...)` noisy latent at step t
+    t : int
+        0-based step
+    t_prev : int
+        step to go back to; -1 means clean
+    alpha_bar : Tensor
+        `(T,)`
+
+    Returns
+    -------
+    tuple[Tensor, float]
+        mean `(B, ...)` and variance of `z_{t_prev}`
+    """
     now, before = float(alpha_bar[t]), float(alpha_bar[t_prev]) if t_prev >= 0 else 1.
     alpha = now/before
     mean = math.sqrt(before)*(1 - alpha)/(1 - now)*z_0 + math.sqrt(alpha)*(1 - before)/(1 - now)*z_t
@@ -178,7 +374,24 @@ def gaussian_kl(
     mean_2:Tensor, # `(...)` of the second Gaussian
     var_2:Tensor|float, # its variance, > 0
 )->Tensor: # nats per element
-    "Kullback-Leibler divergence of the first from the second diagonal Gaussian"
+    """Kullback-Leibler divergence of the first from the second diagonal Gaussian
+
+    Parameters
+    ----------
+    mean_1 : Tensor
+        `(...)` of the first Gaussian
+    var_1 : Tensor|float
+        its variance, > 0
+    mean_2 : Tensor
+        `(...)` of the second Gaussian
+    var_2 : Tensor|float
+        its variance, > 0
+
+    Returns
+    -------
+    Tensor
+        nats per element
+    """
     var_1, var_2 = (torch.as_tensor(v, dtype=mean_1.dtype) for v in (var_1, var_2))
     return .5*((var_2/var_1).log() + (var_1 + (mean_1 - mean_2)**2)/var_2 - 1)
 
@@ -191,7 +404,28 @@ def elbo_terms(
     generator:torch.Generator|None=None, # draws the noise of each step
     variance:str='beta', # of the model's step back: 'beta', or 'posterior' as in the sampler
 )->dict: # nats per element: 'prior' and 'reconstruction' floats, 'steps' `(T-1,)` for t = 1 .. T-1, 'total'
-    "The terms of the bound on -log p(z_0), one denoiser call per step (DDPM, sec. 2, eq. 5)"
+    """The terms of the bound on -log p(z_0), one denoiser call per step (DDPM, sec. 2, eq. 5)
+
+    Parameters
+    ----------
+    denoiser
+        `f(z_t, t, cond)`
+    z_0 : Tensor
+        `(B, ...)` clean latents
+    schedule : Schedule
+        noise levels and kind of prediction
+    cond : default=None
+        passed on to the denoiser
+    generator : torch.Generator|None, default=None
+        draws the noise of each step
+    variance : str, default='beta'
+        of the model's step back: 'beta', or 'posterior' as in the sampler
+
+    Returns
+    -------
+    dict
+        nats per element: 'prior' and 'reconstruction' floats, 'steps' `(T-1,)` for t = 1 .. T-1, 'total'
+    """
     if variance not in ('beta', 'posterior'):
         raise ValueError(f"variance must be 'beta' or 'posterior', got {variance!r}")
     alpha_bar, terms = schedule.alpha_bar, []
@@ -213,7 +447,22 @@ def inference_timesteps(
     num_train_timesteps:int=1000, # steps of training
     offset:int=0, # added to every step; ignored when there is no room
 )->list[int]: # 0-based training steps, falling
-    "Spread the steps of a sampler evenly over the steps of training"
+    """Spread the steps of a sampler evenly over the steps of training
+
+    Parameters
+    ----------
+    num_inference_steps : int
+        steps to take, 1 .. num_train_timesteps
+    num_train_timesteps : int, default=1000
+        steps of training
+    offset : int, default=0
+        added to every step; ignored when there is no room
+
+    Returns
+    -------
+    list[int]
+        0-based training steps, falling
+    """
     if not 1 <= num_inference_steps <= num_train_timesteps:
         raise ValueError(f"num_inference_steps must lie in 1..{num_train_timesteps}, got {num_inference_steps}")
     gap = num_train_timesteps//num_inference_steps
@@ -226,7 +475,24 @@ def start_noise(
     generator:torch.Generator|list|None=None, # one, or one per item
     device:str|torch.device|None=None, # where to work; None: where `latents` or the generator live
 )->Tensor: # `(B, ...)` the first, noisiest latent
-    "Take or draw the noise that a sampler starts from"
+    """Take or draw the noise that a sampler starts from
+
+    Parameters
+    ----------
+    shape : tuple
+        `(B, ...)` of the latents to make
+    latents : Tensor|None, default=None
+        starting noise; None draws it
+    generator : torch.Generator|list|None, default=None
+        one, or one per item
+    device : str|torch.device|None, default=None
+        where to work; None: where `latents` or the generator live
+
+    Returns
+    -------
+    Tensor
+        `(B, ...)` the first, noisiest latent
+    """
     if latents is not None:
         if tuple(latents.shape) != tuple(shape):
             raise ValueError(f"latents has shape {tuple(latents.shape)}, expected shape={tuple(shape)}")
@@ -251,7 +517,40 @@ def sample_ddpm(
     callback=None, # called as `callback(i, t, z_t)` after each step
     device:str|torch.device|None=None, # where to work
 )->Tensor: # `(B, ...)` samples
-    "Walk from noise to data, drawing every step back from its posterior (DDPM, algorithm 2)"
+    """Walk from noise to data, drawing every step back from its posterior (DDPM, algorithm 2)
+
+    Parameters
+    ----------
+    denoiser
+        `f(z_t, t, cond)`
+    shape : tuple
+        `(B, ...)` of the latents to make
+    schedule : Schedule
+        noise levels and kind of prediction
+    num_inference_steps : int|None, default=None
+        steps to take; None takes all steps of training
+    cond : default=None
+        condition, passed to the denoiser
+    guidance_scale : float, default=1.
+        1 = no guidance; other values need `uncond` (next lesson)
+    eta : float, default=1.
+        size of the fresh noise; 1 is DDPM
+    generator : torch.Generator|list|None, default=None
+        one, or one per item
+    uncond : default=None
+        empty condition
+    latents : Tensor|None, default=None
+        starting noise
+    callback : default=None
+        called as `callback(i, t, z_t)` after each step
+    device : str|torch.device|None, default=None
+        where to work
+
+    Returns
+    -------
+    Tensor
+        `(B, ...)` samples
+    """
     if guidance_scale != 1 and uncond is None:
         raise ValueError(f"guidance_scale={guidance_scale} needs uncond, the empty condition")
     num_inference_steps = schedule.num_train_timesteps if num_inference_steps is None else num_inference_steps

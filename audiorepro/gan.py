@@ -22,14 +22,43 @@ def grain(
     mel:Tensor, # `(B, 1, T, F)` log-mel; T and F multiples of `size`
     size:int=4, # frames and bands of a square
 )->Tensor: # `(B,)` nats
-    "Mean standard deviation inside small squares: the texture that a blurred copy lacks"
+    """Mean standard deviation inside small squares: the texture that a blurred copy lacks
+
+    Parameters
+    ----------
+    mel : Tensor
+        `(B, 1, T, F)` log-mel; T and F multiples of `size`
+    size : int, default=4
+        frames and bands of a square
+
+    Returns
+    -------
+    Tensor
+        `(B,)` nats
+    """
     squares = mel.unfold(2, size, size).unfold(3, size, size)  # (B, 1, T/size, F/size, size, size)
     return squares.flatten(4).std(-1, correction=0).flatten(1).mean(1)
 
 # %% ../nbs/31_gan.ipynb #1f22aa35
 @dataclass(frozen=True)
 class GanConfig(Config):
-    "Shape of the critic and weights of the game"
+    """Shape of the critic and weights of the game
+
+    Parameters
+    ----------
+    channels : int, default=64
+        after the first convolution; doubles up to eight times that
+    num_layers : int, default=3
+        convolutions with stride 2
+    rival_start : int, default=25_000
+        batches before the critic joins (the released 50,001 counts both players' steps)
+    rival_weight : float, default=.5
+        of the adversarial term, times the adaptive weight
+    feature_weight : float, default=0.
+        of the difference of the critic's features
+    perceptual_weight : float, default=0.
+        of the distance seen by a frozen network
+    """
     channels:int=64              # after the first convolution; doubles up to eight times that
     num_layers:int=3             # convolutions with stride 2
     rival_start:int=25_000       # batches before the critic joins (the released 50,001 counts both players' steps)
@@ -46,7 +75,13 @@ class GanConfig(Config):
         if self.num_layers < 1: raise ValueError(f"num_layers must be at least 1, got {self.num_layers}")
 
 class PatchGan(nn.Module):
-    "One verdict for each patch of a picture (Isola et al. 2017, sec. 3.2.2)"
+    """One verdict for each patch of a picture (Isola et al. 2017, sec. 3.2.2)
+
+    Parameters
+    ----------
+    cfg : GanConfig
+        width and depth
+    """
     def __init__(self,
         cfg:GanConfig, # width and depth
     ):
@@ -71,13 +106,37 @@ def hinge_loss(
     real:Tensor, # scores of real pictures
     fake:Tensor, # scores of copies
 )->Tensor: # scalar
-    "The critic's loss: real above 1, copies below -1 (Lim and Ye 2017, sec. 2)"
+    """The critic's loss: real above 1, copies below -1 (Lim and Ye 2017, sec. 2)
+
+    Parameters
+    ----------
+    real : Tensor
+        scores of real pictures
+    fake : Tensor
+        scores of copies
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     return (F.relu(1 - real).mean() + F.relu(1 + fake).mean())/2
 
 def generator_loss(
     fake:Tensor, # scores of copies
 )->Tensor: # scalar
-    "The other player's loss: raise the scores of copies"
+    """The other player's loss: raise the scores of copies
+
+    Parameters
+    ----------
+    fake : Tensor
+        scores of copies
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     return -fake.mean()
 
 # %% ../nbs/31_gan.ipynb #825b99bf
@@ -85,19 +144,51 @@ def feature_loss(
     real:list, # `(score, features)` of each critic for real things
     fake:list, # the same for copies
 )->Tensor: # scalar, summed over critics and layers
-    "Mean absolute difference of what the critics' layers see (Wang et al. 2018, eq. 4)"
+    """Mean absolute difference of what the critics' layers see (Wang et al. 2018, eq. 4)
+
+    Parameters
+    ----------
+    real : list
+        `(score, features)` of each critic for real things
+    fake : list
+        the same for copies
+
+    Returns
+    -------
+    Tensor
+        scalar, summed over critics and layers
+    """
     return sum((r.detach() - f).abs().mean() for (_, rs), (_, fs) in zip(real, fake) for r, f in zip(rs, fs))
 
 def perceptual_distance(
     a:list, # feature maps `(B, C, T, F)`, one for each layer
     b:list, # of another picture
 )->Tensor: # `(B,)`, summed over layers
-    "Squared difference of unit features, mean over places (Zhang et al. 2018, eq. 1, all weights 1)"
+    """Squared difference of unit features, mean over places (Zhang et al. 2018, eq. 1, all weights 1)
+
+    Parameters
+    ----------
+    a : list
+        feature maps `(B, C, T, F)`, one for each layer
+    b : list
+        of another picture
+
+    Returns
+    -------
+    Tensor
+        `(B,)`, summed over layers
+    """
     def unit(x): return x/x.norm(dim=1, keepdim=True).clamp(min=1e-8)
     return sum((unit(x) - unit(y)).square().sum(1).flatten(1).mean(1) for x, y in zip(a, b))
 
 class JudgeEyes(nn.Module):
-    "The judge's convolutions as a frozen network for `perceptual_distance`"
+    """The judge's convolutions as a frozen network for `perceptual_distance`
+
+    Parameters
+    ----------
+    judge : nn.Module
+        see lesson 22
+    """
     def __init__(self,
         judge:nn.Module, # see lesson 22
     ):
@@ -116,7 +207,22 @@ def adaptive_weight(
     loss_gan:Tensor, # scalar, depends on `last_layer`
     last_layer:Tensor, # the decoder's last weight
 )->Tensor: # scalar in 0..1e4 without gradient
-    "Ratio of the two gradients' lengths at the last layer (Esser et al. 2021, eq. 7)"
+    """Ratio of the two gradients' lengths at the last layer (Esser et al. 2021, eq. 7)
+
+    Parameters
+    ----------
+    loss_rec : Tensor
+        scalar, depends on `last_layer`
+    loss_gan : Tensor
+        scalar, depends on `last_layer`
+    last_layer : Tensor
+        the decoder's last weight
+
+    Returns
+    -------
+    Tensor
+        scalar in 0..1e4 without gradient
+    """
     pull = [torch.autograd.grad(loss, last_layer, retain_graph=True)[0].norm() for loss in (loss_rec, loss_gan)]
     return (pull[0]/(pull[1] + 1e-4)).clamp(0, 1e4).detach()
 
@@ -168,7 +274,24 @@ def toy_recipe(
     seed:int=0, # of the critic, order and noise
     game:VAEGame|None=None, # default: the adversarial term alone
 )->Recipe: # for `run_recipe` or `fit`
-    "Sharpen the toy VAE by a patch critic"
+    """Sharpen the toy VAE by a patch critic
+
+    Parameters
+    ----------
+    budget : str, default='short'
+        'short' or 'full': number of steps
+    weights : str, default='toy'
+        of the VAE that is sharpened
+    seed : int, default=0
+        of the critic, order and noise
+    game : VAEGame|None, default=None
+        default: the adversarial term alone
+
+    Returns
+    -------
+    Recipe
+        for `run_recipe` or `fit`
+    """
     steps, game = dict(short=120, full=1200)[budget], game or VAEGame(GanConfig.toy())
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)

@@ -19,7 +19,25 @@ from .layers import attention, causal_mask
 # %% ../nbs/51_gpt2.ipynb #c738907a
 @dataclass(frozen=True)
 class GPT2Config(Config):
-    "Sizes of a GPT-2"
+    """Sizes of a GPT-2
+
+    Parameters
+    ----------
+    dim : int, default=768
+        width of the stream
+    num_layers : int, default=12
+        blocks
+    heads : int, default=12
+        heads of each attention, dim/heads wide
+    num_positions : int, default=1024
+        longest sequence: positions are learnt
+    vocab_size : int, default=50_257
+        rows of the token table; 0 = none, the input is always vectors
+    dropout : float, default=0.
+        of the input and of what each layer adds; 0.1 published
+    eps : float, default=1e-5
+        of the LayerNorms
+    """
     dim:int=768             # width of the stream
     num_layers:int=12       # blocks
     heads:int=12            # heads of each attention, dim/heads wide
@@ -37,7 +55,13 @@ class GPT2Config(Config):
 
 # %% ../nbs/51_gpt2.ipynb #10b3a31d
 class CausalAttention(nn.Module):
-    "Attention to the past; `c_attn` makes queries, keys and values in one product"
+    """Attention to the past; `c_attn` makes queries, keys and values in one product
+
+    Parameters
+    ----------
+    cfg : GPT2Config
+        sizes
+    """
     def __init__(self,
         cfg:GPT2Config, # sizes
     ):
@@ -53,7 +77,13 @@ class CausalAttention(nn.Module):
 
 # %% ../nbs/51_gpt2.ipynb #d7c3a7b8
 class MLP(nn.Module):
-    "Four times wider and back, with the tanh form of GELU"
+    """Four times wider and back, with the tanh form of GELU
+
+    Parameters
+    ----------
+    cfg : GPT2Config
+        sizes
+    """
     def __init__(self,
         cfg:GPT2Config, # sizes
     ):
@@ -63,7 +93,13 @@ class MLP(nn.Module):
     def forward(self, x): return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate='tanh')))
 
 class Block(nn.Module):
-    "Attention and MLP, each on a normalised copy, each added to the stream"
+    """Attention and MLP, each on a normalised copy, each added to the stream
+
+    Parameters
+    ----------
+    cfg : GPT2Config
+        sizes
+    """
     def __init__(self,
         cfg:GPT2Config, # sizes
     ):
@@ -77,7 +113,13 @@ class Block(nn.Module):
 
 # %% ../nbs/51_gpt2.ipynb #effad073
 class GPT2(Model):
-    "GPT-2 on vectors: `(B, N, dim)` in, the final hidden states `(B, N, dim)` out (Radford et al. 2019)"
+    """GPT-2 on vectors: `(B, N, dim)` in, the final hidden states `(B, N, dim)` out (Radford et al. 2019)
+
+    Parameters
+    ----------
+    cfg : GPT2Config
+        sizes
+    """
     config_class, component = GPT2Config, 'gpt2'
     from_foreign = classmethod(lambda cls, path: read_gpt2(path))
 
@@ -103,7 +145,24 @@ class GPT2(Model):
         past:list|None=None, # keys and values of the M positions before, from the call before
         positions:Tensor|None=None, # `(B, N)` int64; default M, M+1, ...
     )->tuple: # hidden states `(B, N, dim)` and the `past` for the next call
-        "Run the blocks over new inputs, reading the keys and values of the old ones"
+        """Run the blocks over new inputs, reading the keys and values of the old ones
+
+        Parameters
+        ----------
+        embeds : Tensor
+            `(B, N, dim)` new inputs
+        mask : Tensor|None, default=None
+            `(B, M + N)` bool, True = may be read; M positions are in `past`
+        past : list|None, default=None
+            keys and values of the M positions before, from the call before
+        positions : Tensor|None, default=None
+            `(B, N)` int64; default M, M+1, ...
+
+        Returns
+        -------
+        tuple
+            hidden states `(B, N, dim)` and the `past` for the next call
+        """
         N, M, limit = embeds.shape[1], 0 if past is None else past[0][0].shape[2], self.cfg.num_positions
         if M + N > limit: raise ValueError(f"sequence of {M + N} vectors is longer than num_positions={limit}")
         if positions is None: positions = torch.arange(M, M + N, device=embeds.device)[None]
@@ -124,14 +183,40 @@ def gpt2_state(
     state:dict, # tensors of transformers' `GPT2Model` or `GPT2LMHeadModel`, or of a larger file
     where='file', # named in errors
 )->dict: # tensors for `GPT2`
-    "Find GPT-2 by its table of positions and give its tensors our names"
+    """Find GPT-2 by its table of positions and give its tensors our names
+
+    Parameters
+    ----------
+    state : dict
+        tensors of transformers' `GPT2Model` or `GPT2LMHeadModel`, or of a larger file
+    where : default='file'
+        named in errors
+
+    Returns
+    -------
+    dict
+        tensors for `GPT2`
+    """
     return map_keys(strip_to(state, 'wpe.weight', where), GPT2_KEYS)
 
 def gpt2_config(
     values:dict, # a published `config.json`; empty: sizes from the shapes, heads 64 wide
     state:dict, # tensors for `GPT2`
 )->GPT2Config: # of the published model
-    "Translate the settings of a published GPT-2"
+    """Translate the settings of a published GPT-2
+
+    Parameters
+    ----------
+    values : dict
+        a published `config.json`; empty: sizes from the shapes, heads 64 wide
+    state : dict
+        tensors for `GPT2`
+
+    Returns
+    -------
+    GPT2Config
+        of the published model
+    """
     if (act := values.get('activation_function', 'gelu_new')) != 'gelu_new':
         raise ValueError(f"activation_function must be 'gelu_new', got {act!r}")
     (N, dim), layers = state['wpe.weight'].shape, count_keys(state, r'^h\.(\d+)\.')
@@ -143,7 +228,18 @@ def gpt2_config(
 def read_gpt2(
     path:str, # the hub's `gpt2`, a folder of transformers, or the official AudioLDM 2 file
 )->GPT2: # with the published weights
-    "Build GPT-2 from published weights"
+    """Build GPT-2 from published weights
+
+    Parameters
+    ----------
+    path : str
+        the hub's `gpt2`, a folder of transformers, or the official AudioLDM 2 file
+
+    Returns
+    -------
+    GPT2
+        with the published weights
+    """
     values, state = read_foreign(path, 'language_model')
     state = gpt2_state(state, path)
     model = GPT2(gpt2_config(values, state))
@@ -153,5 +249,16 @@ def read_gpt2(
 def load_gpt2(
     name:str='gpt2', # folder, file or hub id
 )->GPT2: # in eval mode
-    "Build GPT-2 small with the public weights"
+    """Build GPT-2 small with the public weights
+
+    Parameters
+    ----------
+    name : str, default='gpt2'
+        folder, file or hub id
+
+    Returns
+    -------
+    GPT2
+        in eval mode
+    """
     return GPT2.from_pretrained(name)

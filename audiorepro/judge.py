@@ -36,7 +36,20 @@ def truth_tensors(
     num_slots:int=8, # time slots of a clip
 )->dict: # slots `(N, S, 16)`, present `(N, 16)`, attributes `(N, 16, 3)`, family, speaker `(N,)`, melody `(N, 4)`,
     # phonemes `(N, 16)` (0 = none, else 1 + index); elsewhere -1 = nothing to judge
-    "Turn the truth of clips into the targets of the judge"
+    """Turn the truth of clips into the targets of the judge
+
+    Parameters
+    ----------
+    metas : list[dict]
+        truth of clips, see `sounds`
+    num_slots : int, default=8
+        time slots of a clip
+
+    Returns
+    -------
+    dict
+        slots `(N, S, 16)`, present `(N, 16)`, attributes `(N, 16, 3)`, family, speaker `(N,)`, melody `(N, 4)`,
+    """
     N = len(metas)
     slots, present = torch.zeros(N, num_slots, len(EVENTS)), torch.zeros(N, len(EVENTS))
     attributes, melody = torch.full((N, len(EVENTS), 3), -1), torch.full((N, 4), -1)
@@ -57,7 +70,23 @@ def truth_tensors(
 # %% ../nbs/22_judge.ipynb #e5b56c15
 @dataclass(frozen=True)
 class JudgeConfig(Config):
-    "A small convolutional network on log-mel spectrograms"
+    """A small convolutional network on log-mel spectrograms
+
+    Parameters
+    ----------
+    channels : tuple[int, ...], default=(24, 48, 96, 96)
+        of the 2-d convolutions; each halves frequency, three halve time
+    dim : int, default=128
+        width after frequency is folded into channels
+    depth : int, default=3
+        residual 1-d convolutions with dilation 1, 2, 4, ...
+    num_slots : int, default=8
+        time slots of 0.32 s
+    mel_mean : float, default=-6.
+        natural-log mel of the toy world
+    mel_std : float, default=2.2
+        natural-log mel of the toy world
+    """
     channels:tuple[int, ...]=(24, 48, 96, 96)  # of the 2-d convolutions; each halves frequency, three halve time
     dim:int=128            # width after frequency is folded into channels
     depth:int=3            # residual 1-d convolutions with dilation 1, 2, 4, ...
@@ -70,7 +99,15 @@ class JudgeConfig(Config):
 
 # %% ../nbs/22_judge.ipynb #55e5899b
 class TimeBlock(nn.Module):
-    "Look at neighbours some steps away and add what was found"
+    """Look at neighbours some steps away and add what was found
+
+    Parameters
+    ----------
+    dim : int
+        width
+    dilation : int
+        distance of the neighbours in frames
+    """
     def __init__(self,
         dim:int, # width
         dilation:int, # distance of the neighbours in frames
@@ -81,7 +118,13 @@ class TimeBlock(nn.Module):
     def forward(self, x): return x + self.conv(F.relu(self.norm(x)))
 
 class Ear(nn.Module):
-    "Convolutions from a spectrogram to features of 80 ms"
+    """Convolutions from a spectrogram to features of 80 ms
+
+    Parameters
+    ----------
+    cfg : JudgeConfig
+        widths
+    """
     def __init__(self,
         cfg:JudgeConfig, # widths
     ):
@@ -160,7 +203,18 @@ class Judge(Model):
 def read_phonemes(
     logits:Tensor, # `(B, T, 14)`, 0 is the blank
 )->list: # of lists of symbols
-    "Best path: merge repeats, drop blanks (Graves et al. 2006, sec. 3.2)"
+    """Best path: merge repeats, drop blanks (Graves et al. 2006, sec. 3.2)
+
+    Parameters
+    ----------
+    logits : Tensor
+        `(B, T, 14)`, 0 is the blank
+
+    Returns
+    -------
+    list
+        of lists of symbols
+    """
     best = logits.argmax(-1).tolist()
     return [[PHONEMES[k - 1] for k, before in zip(row, [0, *row]) if k and k != before] for row in best]
 
@@ -168,7 +222,20 @@ def edit_distance(
     a, # sequence
     b, # sequence
 )->int: # fewest insertions, deletions and substitutions that turn `a` into `b`
-    "Count the mistakes between two sequences (Levenshtein 1966)"
+    """Count the mistakes between two sequences (Levenshtein 1966)
+
+    Parameters
+    ----------
+    a
+        sequence
+    b
+        sequence
+
+    Returns
+    -------
+    int
+        fewest insertions, deletions and substitutions that turn `a` into `b`
+    """
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         before, row[0] = row[0], i
@@ -179,7 +246,18 @@ def edit_distance(
 def centres(
     slots:Tensor, # `(B, S, n)` logits
 )->Tensor: # `(B, n)` s
-    "Centre of activity of each class in time"
+    """Centre of activity of each class in time
+
+    Parameters
+    ----------
+    slots : Tensor
+        `(B, S, n)` logits
+
+    Returns
+    -------
+    Tensor
+        `(B, n)` s
+    """
     p = slots.sigmoid()
     times = (torch.arange(p.shape[1], device=p.device) + .5)*CLIP_SECONDS/p.shape[1]
     return torch.einsum('bsc,s->bc', p, times)/p.sum(1).clamp(min=1e-6)
@@ -188,7 +266,20 @@ def describe(
     out:dict, # of `Judge.listen`
     threshold:float=.5, # probability from which an event counts as heard
 )->list: # a dictionary a clip: family ('nothing' too), events in the order of time, melody, phonemes, probs, slots
-    "Put the outputs of the judge into words"
+    """Put the outputs of the judge into words
+
+    Parameters
+    ----------
+    out : dict
+        of `Judge.listen`
+    threshold : float, default=.5
+        probability from which an event counts as heard
+
+    Returns
+    -------
+    list
+        a dictionary a clip: family ('nothing' too), events in the order of time, melody, phonemes, probs, slots
+    """
     found, present, centre, said = [], out['present'].sigmoid(), centres(out['slots']), read_phonemes(out['phonemes'])
     for b in range(len(present)):
         family, events = FAMILY[out['family'][b].argmax()], []
@@ -208,7 +299,20 @@ def spoil(
     mel:Tensor, # `(B, 1, T, F)` natural-log mel
     generator:torch.Generator, # strength of each change, one per clip
 )->Tensor: # `(B, 1, T, F)`
-    "Blur, lift the floor, change the level and add noise: what vocoders and decoders do to a mel"
+    """Blur, lift the floor, change the level and add noise: what vocoders and decoders do to a mel
+
+    Parameters
+    ----------
+    mel : Tensor
+        `(B, 1, T, F)` natural-log mel
+    generator : torch.Generator
+        strength of each change, one per clip
+
+    Returns
+    -------
+    Tensor
+        `(B, 1, T, F)`
+    """
     def rand(*shape): return torch.rand(shape, generator=generator).to(mel)
     B = len(mel)
     power, share = mel.exp(), rand(B, 1, 1, 1)
@@ -225,7 +329,20 @@ def non_sound(
     kind:str, # one of `NON_SOUNDS`
     rng:np.random.Generator, # level, colour, pitch
 )->Tensor: # `(40960,)` float32
-    "Make what no caption of the toy world describes"
+    """Make what no caption of the toy world describes
+
+    Parameters
+    ----------
+    kind : str
+        one of `NON_SOUNDS`
+    rng : np.random.Generator
+        level, colour, pitch
+
+    Returns
+    -------
+    Tensor
+        `(40960,)` float32
+    """
     t, white = np.arange(CLIP_SAMPLES)/SAMPLE_RATE, rng.standard_normal(CLIP_SAMPLES)
     f = np.fft.rfftfreq(CLIP_SAMPLES, 1/SAMPLE_RATE).clip(20)
     def colour(gain): return np.fft.irfft(np.fft.rfft(white)*gain, CLIP_SAMPLES)
@@ -260,7 +377,22 @@ def judge_loss(
     batch:dict, # mel `(B, T, F)` and `truth_tensors`
     ctx, # generator
 )->dict: # loss and its seven parts
-    "Ask all questions at once; those without an answer do not count"
+    """Ask all questions at once; those without an answer do not count
+
+    Parameters
+    ----------
+    model : Judge
+        in training
+    batch : dict
+        mel `(B, T, F)` and `truth_tensors`
+    ctx
+        generator
+
+    Returns
+    -------
+    dict
+        loss and its seven parts
+    """
     mel = batch['mel'][:, None]
     out = model(spoil(mel, ctx.generator) if model.training else mel)
     loss = dict(slots=4*F.binary_cross_entropy_with_logits(out['slots'], batch['slots']),
@@ -324,7 +456,22 @@ def judge_answers(
     wavs:Tensor, # `(N, samples)` at 16 kHz, or natural-log mels `(N, 1, T, 64)`
     metas:list[dict], # what the clips should hold: truth with `asked`
 )->dict: # measure -> list of (clip index, right: 0 .. 1, right answer)
-    "Every single answer, so that clips can be resampled"
+    """Every single answer, so that clips can be resampled
+
+    Parameters
+    ----------
+    judge : Judge
+        the examiner
+    wavs : Tensor
+        `(N, samples)` at 16 kHz, or natural-log mels `(N, 1, T, 64)`
+    metas : list[dict]
+        what the clips should hold: truth with `asked`
+
+    Returns
+    -------
+    dict
+        measure -> list of (clip index, right: 0 .. 1, right answer)
+    """
     if len(wavs) != len(metas): raise ValueError(f"wavs holds {len(wavs)} clips, metas {len(metas)}")
     out, found = judge.listen(wavs), {}
     for b, meta in enumerate(metas):
@@ -339,7 +486,22 @@ def score_clips(
     wavs:Tensor, # `(N, samples)` at 16 kHz, or natural-log mels `(N, 1, T, 64)`
     metas:list[dict], # what the clips should hold: truth with `asked`
 )->dict: # measure -> dict(accuracy, count, chance, majority)
-    "Examine clips: events, order, the attributes that the caption asked for, melodies, speech"
+    """Examine clips: events, order, the attributes that the caption asked for, melodies, speech
+
+    Parameters
+    ----------
+    judge : Judge
+        the examiner
+    wavs : Tensor
+        `(N, samples)` at 16 kHz, or natural-log mels `(N, 1, T, 64)`
+    metas : list[dict]
+        what the clips should hold: truth with `asked`
+
+    Returns
+    -------
+    dict
+        measure -> dict(accuracy, count, chance, majority)
+    """
     rows = judge_answers(judge, wavs, metas)
     rows['both'] = rows.get('both_then', []) + rows.get('both_while', [])
     strict = ('single_strict', 'then_strict', 'while_strict', 'three_strict', 'phonemes')
@@ -354,7 +516,22 @@ def nothing_set(
     kinds:tuple, # of `NON_SOUNDS`, taken in turn
     seed:int=0, # of all clips
 )->Tensor: # `(n, T, F)` natural-log mels
-    "Clips that hold nothing"
+    """Clips that hold nothing
+
+    Parameters
+    ----------
+    n : int
+        number of clips
+    kinds : tuple
+        of `NON_SOUNDS`, taken in turn
+    seed : int, default=0
+        of all clips
+
+    Returns
+    -------
+    Tensor
+        `(n, T, F)` natural-log mels
+    """
     wavs = [non_sound(kinds[i % len(kinds)], np.random.default_rng([seed, i])) for i in range(n)]
     return torch.cat([log_mel(torch.stack(wavs[i:i + 64]), MelConfig.toy())[:, 0] for i in range(0, n, 64)])
 
@@ -378,7 +555,17 @@ def toy_recipe(
     weights:str='mine', # lower parts: the judge has none
     seed:int=0, # of weights and order
 )->Recipe:
-    "All that makes the judge of the toy world"
+    """All that makes the judge of the toy world
+
+    Parameters
+    ----------
+    budget : str, default='short'
+        'short' (a few CPU minutes) or 'full'
+    weights : str, default='mine'
+        lower parts: the judge has none
+    seed : int, default=0
+        of weights and order
+    """
     if budget not in ('short', 'full'): raise ValueError(f"budget must be 'short' or 'full', got {budget!r}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)

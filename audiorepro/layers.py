@@ -19,7 +19,24 @@ def attention(
     v:Tensor, # `(B, H, Lk, d)` values
     mask:Tensor|None=None, # True = may be read, `(B, Lk)` or as `(B, H, Lq, Lk)`; or floats added to the scores
 )->Tensor: # `(B, H, Lq, d)`
-    "Average the values, weighted by how well keys match queries (Vaswani et al. 2017, eq. 1)"
+    """Average the values, weighted by how well keys match queries (Vaswani et al. 2017, eq. 1)
+
+    Parameters
+    ----------
+    q : Tensor
+        `(B, H, Lq, d)` queries
+    k : Tensor
+        `(B, H, Lk, d)` keys
+    v : Tensor
+        `(B, H, Lk, d)` values
+    mask : Tensor|None, default=None
+        True = may be read, `(B, Lk)` or as `(B, H, Lq, Lk)`; or floats added to the scores
+
+    Returns
+    -------
+    Tensor
+        `(B, H, Lq, d)`
+    """
     if mask is not None:
         if mask.ndim == 2: mask = mask[:, None, None]  # (B, 1, 1, Lk)
         if mask.dtype == torch.bool:
@@ -34,13 +51,40 @@ def causal_mask(
     len_k:int|None=None, # number of keys, default the same
     device:torch.device|str|None=None, # where the mask lives
 )->Tensor: # `(len_q, len_k)` bool, True = at or before the query
-    "Let each position see itself and the past only"
+    """Let each position see itself and the past only
+
+    Parameters
+    ----------
+    len_q : int
+        number of queries, the last ones of the sequence
+    len_k : int|None, default=None
+        number of keys, default the same
+    device : torch.device|str|None, default=None
+        where the mask lives
+
+    Returns
+    -------
+    Tensor
+        `(len_q, len_k)` bool, True = at or before the query
+    """
     len_k = len_q if len_k is None else len_k
     return torch.ones(len_q, len_k, dtype=torch.bool, device=device).tril(len_k - len_q)
 
 # %% ../nbs/20_layers.ipynb #a8f1b338
 class Attention(nn.Module):
-    "Multi-head attention: a sequence to itself, or to a context of another width (Vaswani et al. 2017, sec. 3.2.2)"
+    """Multi-head attention: a sequence to itself, or to a context of another width (Vaswani et al. 2017, sec. 3.2.2)
+
+    Parameters
+    ----------
+    dim : int
+        width of the sequence
+    heads : int
+        number of heads; each is `dim/heads` wide
+    context_dim : int|None, default=None
+        width of the context; None = attends to itself, or to a context as wide as itself
+    bias : bool, default=False
+        of queries, keys and values; the output always has one
+    """
     def __init__(self,
         dim:int, # width of the sequence
         heads:int, # number of heads; each is `dim/heads` wide
@@ -63,7 +107,17 @@ class Attention(nn.Module):
 
 # %% ../nbs/20_layers.ipynb #70eca726
 class MLP(nn.Module):
-    "Widen, bend, narrow: the same two layers at every position"
+    """Widen, bend, narrow: the same two layers at every position
+
+    Parameters
+    ----------
+    dim : int
+        width in and out
+    mlp_ratio : float, default=4
+        hidden width / dim
+    approximate : str, default='none'
+        of GELU: 'none' or 'tanh' (GPT-2)
+    """
     def __init__(self,
         dim:int, # width in and out
         mlp_ratio:float=4, # hidden width / dim
@@ -77,7 +131,23 @@ class MLP(nn.Module):
 
 # %% ../nbs/20_layers.ipynb #441bf8d1
 class TransformerBlock(nn.Module):
-    "Attention, then MLP; each reads a normalised copy and adds to the stream (pre-norm)"
+    """Attention, then MLP; each reads a normalised copy and adds to the stream (pre-norm)
+
+    Parameters
+    ----------
+    dim : int
+        width
+    heads : int
+        of the attention
+    mlp_ratio : float, default=4
+        hidden width of the MLP / dim
+    causal : bool, default=False
+        each position sees itself and the past only
+    eps : float, default=1e-6
+        of the LayerNorms
+    approximate : str, default='none'
+        of GELU: 'none' or 'tanh'
+    """
     def __init__(self,
         dim:int, # width
         heads:int, # of the attention
@@ -106,7 +176,24 @@ def timestep_embedding(
     flip_sin_to_cos:bool=True, # cosines first, as latent diffusion has it
     max_period:float=10_000., # steps of the slowest wave, over 2 pi
 )->Tensor: # `(B, dim)` float32
-    "Write each step as waves from fast to slow (Vaswani et al. 2017, sec. 3.5)"
+    """Write each step as waves from fast to slow (Vaswani et al. 2017, sec. 3.5)
+
+    Parameters
+    ----------
+    t : Tensor
+        `(B,)` steps, whole or fractional
+    dim : int
+        width, even
+    flip_sin_to_cos : bool, default=True
+        cosines first, as latent diffusion has it
+    max_period : float, default=10_000.
+        steps of the slowest wave, over 2 pi
+
+    Returns
+    -------
+    Tensor
+        `(B, dim)` float32
+    """
     if dim % 2: raise ValueError(f"dim must be even, got {dim}")
     rate = torch.exp(-math.log(max_period)*torch.arange(dim//2, dtype=torch.float32, device=t.device)/(dim//2))
     angle = t.float()[:, None]*rate
@@ -119,7 +206,22 @@ def sincos_2d(
     grid_t:int, # patches in time
     grid_f:int, # patches in frequency
 )->Tensor: # `(grid_t*grid_f, dim)` float32, token = grid_f*t + f
-    "Fixed positions of a grid: first half by frequency, second by time, each sines, then cosines (He et al. 2022)"
+    """Fixed positions of a grid: first half by frequency, second by time, each sines, then cosines (He et al. 2022)
+
+    Parameters
+    ----------
+    dim : int
+        width, a multiple of 4
+    grid_t : int
+        patches in time
+    grid_f : int
+        patches in frequency
+
+    Returns
+    -------
+    Tensor
+        `(grid_t*grid_f, dim)` float32, token = grid_f*t + f
+    """
     if dim % 4: raise ValueError(f"dim must be a multiple of 4, got {dim}")
     rate = 10_000.**(-torch.arange(dim//4, dtype=torch.float64)/(dim//4))
     def waves(n): return torch.cat([(a := torch.arange(n)[:, None]*rate).sin(), a.cos()], -1)  # (n, dim/2)
@@ -128,7 +230,21 @@ def sincos_2d(
 
 # %% ../nbs/20_layers.ipynb #c2224f64
 class ResBlock2d(nn.Module):
-    "Two normalised convolutions beside a shortcut, told the time step in between when there is one"
+    """Two normalised convolutions beside a shortcut, told the time step in between when there is one
+
+    Parameters
+    ----------
+    in_ch : int
+        channels in
+    out_ch : int|None, default=None
+        channels out; default as in
+    time_dim : int|None, default=None
+        width of the time embedding; None = the block takes none
+    groups : int, default=32
+        of both GroupNorms; divides both channel counts
+    eps : float, default=1e-6
+        of both GroupNorms
+    """
     def __init__(self,
         in_ch:int, # channels in
         out_ch:int|None=None, # channels out; default as in
@@ -155,6 +271,17 @@ class ResBlock2d(nn.Module):
 def zero_init(
     module:nn.Module, # changed in place
 )->nn.Module: # the same module
-    "Start all parameters at zero, so that a residual branch begins as the identity"
+    """Start all parameters at zero, so that a residual branch begins as the identity
+
+    Parameters
+    ----------
+    module : nn.Module
+        changed in place
+
+    Returns
+    -------
+    nn.Module
+        the same module
+    """
     for p in module.parameters(): nn.init.zeros_(p)
     return module

@@ -27,7 +27,24 @@ def true_latents(
     seed:int=0, # of the draws from the posterior
     cache:bool=True, # keep under `out/cache`
 )->Tensor: # `(len(toy), 8, T/4, F/4)` half precision
-    "The scaled latent of each clip of a toy set, computed once"
+    """The scaled latent of each clip of a toy set, computed once
+
+    Parameters
+    ----------
+    toy : ToySet
+        clips
+    vae : VAE
+        makes the latents
+    seed : int, default=0
+        of the draws from the posterior
+    cache : bool, default=True
+        keep under `out/cache`
+
+    Returns
+    -------
+    Tensor
+        `(len(toy), 8, T/4, F/4)` half precision
+    """
     def make(clips):
         generator = make_generator(seed + clips.meta[0]['seed'])
         return vae.to_latent(clips.mel[:, None].float().to(vae.device), generator).half().cpu()
@@ -43,7 +60,30 @@ def encode_sounds(
     batch_size:int=64, # clips at a time
     progress:bool=False, # show a bar
 )->dict: # `z_0` `(N, 8, T/4, F/4)` and `loa_tokens` `(N, 512, D)`, both float16
-    "What latent diffusion trains on, made once: no caption is read"
+    """What latent diffusion trains on, made once: no caption is read
+
+    Parameters
+    ----------
+    vae : VAE
+        makes `z_0`
+    audiomae : AudioMAE
+        makes `loa_tokens`
+    mel : Tensor
+        `(N, T, F)` natural-log mel, any floating type
+    fbank : Tensor
+        `(N, T, F)` AudioMAE's input of the same clips
+    seed : int, default=0
+        of the latents drawn from the posterior
+    batch_size : int, default=64
+        clips at a time
+    progress : bool, default=False
+        show a bar
+
+    Returns
+    -------
+    dict
+        `z_0` `(N, 8, T/4, F/4)` and `loa_tokens` `(N, 512, D)`, both float16
+    """
     from tqdm.auto import tqdm
     device, generator, z, tokens = vae.device, make_generator(seed), [], []
     starts = range(0, len(mel), batch_size)
@@ -64,7 +104,30 @@ def ldm_loss(
     lambdas:tuple=(1, 2, 4, 8), # one is drawn per batch, all equally likely
     cond_drop_prob:float=.1, # chance that the whole batch sees the empty condition
 )->dict: # `loss`
-    "Denoise latents given the LOA at a random pooling factor (AudioLDM 2, eq. 2 and sec. III-D2)"
+    """Denoise latents given the LOA at a random pooling factor (AudioLDM 2, eq. 2 and sec. III-D2)
+
+    Parameters
+    ----------
+    model : UNet
+        denoiser with contexts (none, LOA)
+    batch : dict
+        `z_0` `(B, C, T, F)` scaled latents; `loa_tokens` `(B, N, D)` AudioMAE features of the same clips
+    ctx
+        `ctx.generator` draws lambda, coin, steps and noise
+    schedule : Schedule
+        noise levels and kind of prediction
+    grid : tuple, default=(64, 8)
+        patches of AudioMAE in time and frequency
+    lambdas : tuple, default=(1, 2, 4, 8)
+        one is drawn per batch, all equally likely
+    cond_drop_prob : float, default=.1
+        chance that the whole batch sees the empty condition
+
+    Returns
+    -------
+    dict
+        `loss`
+    """
     lam = lambdas[torch.randint(len(lambdas), (), generator=ctx.generator)]
     loa = pool_loa(batch['loa_tokens'], grid, lam)
     cond = Condition(((loa, None),)).drop(cond_drop_prob, Condition(((torch.zeros_like(loa), None),)), 'batch',
@@ -83,7 +146,32 @@ def sample_from_loa(
     batch_size:int=1, # how many, when there is no LOA
     **kwargs, # for `sample_ddim`: generator, eta, latents, progress
 )->Tensor: # `(B, *shape)` scaled latents
-    "Walk from noise to latents that fit a language of audio (AudioLDM 2, eq. 2)"
+    """Walk from noise to latents that fit a language of audio (AudioLDM 2, eq. 2)
+
+    Parameters
+    ----------
+    unet : UNet
+        trained by `ldm_loss`
+    loa : Tensor|None
+        `(B, N, D)`; None draws without a condition
+    schedule : Schedule
+        as in training
+    num_inference_steps : int, default=50
+        DDIM steps
+    guidance_scale : float, default=2.
+        1 is no guidance
+    shape : tuple, default=(8, 64, 16)
+        channels, frames, bands of one latent
+    batch_size : int, default=1
+        how many, when there is no LOA
+    **kwargs
+        for `sample_ddim`: generator, eta, latents, progress
+
+    Returns
+    -------
+    Tensor
+        `(B, *shape)` scaled latents
+    """
     if loa is None:
         width = next(c for c in unet.cfg.contexts if c is not None)
         loa, guidance_scale = torch.zeros(batch_size, 8, width, device=unet.device), 1.
@@ -98,7 +186,26 @@ def generate_from_loa(
     schedule:Schedule, # as in training
     **kwargs, # see `sample_from_loa`
 )->Tensor: # `(B, 1, T, F)` natural-log mel
-    "From a language of audio to a spectrogram (AudioLDM 2, eq. 2)"
+    """From a language of audio to a spectrogram (AudioLDM 2, eq. 2)
+
+    Parameters
+    ----------
+    unet : UNet
+        trained by `ldm_loss`
+    vae : VAE
+        decodes the latents
+    loa : Tensor|None
+        `(B, N, D)`; None draws without a condition
+    schedule : Schedule
+        as in training
+    **kwargs
+        see `sample_from_loa`
+
+    Returns
+    -------
+    Tensor
+        `(B, 1, T, F)` natural-log mel
+    """
     with torch.no_grad(): return vae.from_latent(sample_from_loa(unet, loa, schedule, **kwargs))
 
 # %% ../nbs/43_ldm.ipynb #40240667
@@ -108,7 +215,24 @@ def toy_recipe(
     seed:int=0, # of first weights, latents, order, steps and noise
     clips:int=4000, # training clips; 0.2 MB of memory each
 )->Recipe: # for `run_recipe`
-    "Train the toy T-UNet on the LOA of sounds without captions; half of the batches see lambda = 8"
+    """Train the toy T-UNet on the LOA of sounds without captions; half of the batches see lambda = 8
+
+    Parameters
+    ----------
+    budget : str, default='short'
+        'short' or 'full': number of steps
+    weights : str, default='mine'
+        VAE and AudioMAE to build on
+    seed : int, default=0
+        of first weights, latents, order, steps and noise
+    clips : int, default=4000
+        training clips; 0.2 MB of memory each
+
+    Returns
+    -------
+    Recipe
+        for `run_recipe`
+    """
     steps = dict(short=1500, full=1500)[budget]  # joint finetuning goes on
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)

@@ -28,7 +28,23 @@ from .training import Recipe, TrainConfig, has_bf16, tensor_batches
 # %% ../nbs/52_loa.ipynb #a9e6862d
 @dataclass(frozen=True)
 class LOAConfig(Config):
-    "Settings of the translator"
+    """Settings of the translator
+
+    Parameters
+    ----------
+    gpt2 : GPT2Config, default=GPT2Config.toy()
+        its width is the width of the LOA
+    cond_dims : tuple[int, ...], default=(128, 128)
+        widths of the conditions in their order: CLAP, then T5 (or phonemes)
+    num_tokens : int, default=8
+        LOA vectors to make
+    loss : str, default='mse'
+        'mse' (the paper) or 'l1' (the released code)
+    text_padding : str, default='compact'
+        'compact': a batch equals its items; 'batch': as in diffusers
+    input_noise : float, default=0.
+        training: on the true vectors shown, in units of their deviation
+    """
     gpt2:GPT2Config=GPT2Config.toy()     # its width is the width of the LOA
     cond_dims:tuple[int, ...]=(128, 128) # widths of the conditions in their order: CLAP, then T5 (or phonemes)
     num_tokens:int=8                     # LOA vectors to make
@@ -49,7 +65,15 @@ class LOAConfig(Config):
 
 # %% ../nbs/52_loa.ipynb #ba7d0b52
 class ConditionEmbedder(nn.Module):
-    "Conditions of any width side by side in one sequence, each between its own SOS and EOS (AudioLDM 2, sec. III-C)"
+    """Conditions of any width side by side in one sequence, each between its own SOS and EOS (AudioLDM 2, sec. III-C)
+
+    Parameters
+    ----------
+    cond_dims : tuple[int, ...]
+        width of each condition
+    dim : int
+        common width
+    """
     def __init__(self,
         cond_dims:tuple[int, ...], # width of each condition
         dim:int, # common width
@@ -61,6 +85,16 @@ class ConditionEmbedder(nn.Module):
     def forward(self,
         conds:list, # per condition: states `(B, L_k, D_k)` and mask `(B, L_k)` bool
     )->tuple: # `(B, sum(L_k + 2), dim)` and its mask
+        """Parameters
+        ----------
+        conds : list
+            per condition: states `(B, L_k, D_k)` and mask `(B, L_k)` bool
+
+        Returns
+        -------
+        tuple
+            `(B, sum(L_k + 2), dim)` and its mask
+        """
         if len(conds) != len(self.projections):
             raise ValueError(f"conds holds {len(conds)} conditions, the model was built for {len(self.projections)}")
         vectors, masks = [], []
@@ -76,7 +110,22 @@ def compact(
     mask:Tensor, # `(B, N)` bool, False = padding, anywhere
     limit:int, # keep at most the first `limit` real vectors of a row
 )->tuple: # `(B, M, D)` vectors and `(B, M)` mask; M = most real vectors in a row, padding only on the left
-    "Push the real vectors of each row to its right end: what follows them then starts at the same place in every row"
+    """Push the real vectors of each row to its right end: what follows them then starts at the same place in every row
+
+    Parameters
+    ----------
+    embeds : Tensor
+        `(B, N, D)` vectors, some of them padding
+    mask : Tensor
+        `(B, N)` bool, False = padding, anywhere
+    limit : int
+        keep at most the first `limit` real vectors of a row
+
+    Returns
+    -------
+    tuple
+        `(B, M, D)` vectors and `(B, M)` mask; M = most real vectors in a row, padding only on the left
+    """
     mask = mask & (mask.long().cumsum(1) <= limit)
     order = mask.long().argsort(dim=1, stable=True)[:, -int(mask.sum(1).max()):]  # padding first
     return embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1])), mask.gather(1, order)
@@ -108,7 +157,22 @@ class LOAModel(Model):
         loa:Tensor, # `(B, N, dim)` true vectors, shown to the model one step late
         generator:torch.Generator|None=None, # when given, `input_noise` is added to the vectors shown
     )->Tensor: # `(B, N, dim)` each predicted from the conditions and the true vectors before it
-        "Teacher forcing: the last vector of the conditions predicts the first of the LOA"
+        """Teacher forcing: the last vector of the conditions predicts the first of the LOA
+
+        Parameters
+        ----------
+        conds : list
+            per condition: states `(B, L_k, D_k)` and mask `(B, L_k)` bool
+        loa : Tensor
+            `(B, N, dim)` true vectors, shown to the model one step late
+        generator : torch.Generator|None, default=None
+            when given, `input_noise` is added to the vectors shown
+
+        Returns
+        -------
+        Tensor
+            `(B, N, dim)` each predicted from the conditions and the true vectors before it
+        """
         x, mask, positions = _prompt(self, conds, loa.shape[1])
         seen = loa[:, :-1].to(x.dtype)
         if generator is not None and self.cfg.input_noise:
@@ -122,7 +186,24 @@ class LOAModel(Model):
         prefix:Tensor|None=None, # `(B, P, dim)` true vectors the answer begins with (in-context learning)
         use_cache:bool=True, # False repeats all the work at each step; same answer
     )->Tensor: # `(B, num_tokens, dim)`; gradients flow through all steps unless the caller switches them off
-        "Feed each prediction back as the next input"
+        """Feed each prediction back as the next input
+
+        Parameters
+        ----------
+        conds : list
+            as in `forward`
+        num_tokens : int|None, default=None
+            vectors to make; None = `cfg.num_tokens`
+        prefix : Tensor|None, default=None
+            `(B, P, dim)` true vectors the answer begins with (in-context learning)
+        use_cache : bool, default=True
+            False repeats all the work at each step; same answer
+
+        Returns
+        -------
+        Tensor
+            `(B, num_tokens, dim)`; gradients flow through all steps unless the caller switches them off
+        """
         num_tokens = num_tokens or self.cfg.num_tokens
         x, mask, where = _prompt(self, conds, num_tokens)
         out = [] if prefix is None else list(prefix.to(x.dtype).split(1, 1))
@@ -141,7 +222,20 @@ def loa_state(
     projection:dict, # tensors of diffusers' `AudioLDM2ProjectionModel`
     gpt2:dict, # tensors of transformers' `GPT2Model`
 )->dict: # tensors for `LOAModel`
-    "Names of the diffusers folders `projection_model` and `language_model` -> ours"
+    """Names of the diffusers folders `projection_model` and `language_model` -> ours
+
+    Parameters
+    ----------
+    projection : dict
+        tensors of diffusers' `AudioLDM2ProjectionModel`
+    gpt2 : dict
+        tensors of transformers' `GPT2Model`
+
+    Returns
+    -------
+    dict
+        tensors for `LOAModel`
+    """
     found = map_keys(projection, [(r'^learnable_positional_embedding$', None),  # of the phonemes: lesson 55
                                   (r'^projection\.', 'projection_0.'), (r'^(sos|eos)_embed$', r'\1_embed_0'),
                                   (r'^projection_(\d)', r'conditions.projections.\1')])
@@ -154,7 +248,20 @@ def official_loa(
     state:dict, # tensors of the official AudioLDM 2 file
     where='file', # named in errors
 )->dict: # tensors for `LOAModel`
-    "Names of the official file -> ours"
+    """Names of the official file -> ours
+
+    Parameters
+    ----------
+    state : dict
+        tensors of the official AudioLDM 2 file
+    where : default='file'
+        named in errors
+
+    Returns
+    -------
+    dict
+        tensors for `LOAModel`
+    """
     gpt2, rest = gpt2_state(state, where), strip_to(state, 'start_of_sequence_tokens.weight', where)
     count = count_keys(rest, r'^input_sequence_embed_linear\.(\d+)')
     found = map_keys(rest, [(r'^(model|cond_stage_models)\.', None),     # GPT-2, and what makes the conditions
@@ -167,7 +274,18 @@ def official_loa(
 def read_loa(
     path:str, # pipeline folder of diffusers with `language_model` and `projection_model`, or the official file
 )->LOAModel: # with the published weights
-    "Build the translator from published weights"
+    """Build the translator from published weights
+
+    Parameters
+    ----------
+    path : str
+        pipeline folder of diffusers with `language_model` and `projection_model`, or the official file
+
+    Returns
+    -------
+    LOAModel
+        with the published weights
+    """
     values, state = read_foreign(path, 'language_model')
     if (projection := Path(path)/'projection_model').is_dir(): state = loa_state(read_foreign(projection)[1], state)
     else: state = official_loa(state, path)
@@ -185,19 +303,56 @@ def loa_criterion(
     loa:Tensor, # `(B, N, D)` true
     loss:str='mse', # 'mse' or 'l1'
 )->Tensor: # scalar
-    "Distance of two LOAs: squared (AudioLDM 2, sec. III-C) or absolute (released code)"
+    """Distance of two LOAs: squared (AudioLDM 2, sec. III-C) or absolute (released code)
+
+    Parameters
+    ----------
+    pred : Tensor
+        `(B, N, D)` predicted
+    loa : Tensor
+        `(B, N, D)` true
+    loss : str, default='mse'
+        'mse' or 'l1'
+
+    Returns
+    -------
+    Tensor
+        scalar
+    """
     return F.mse_loss(pred, loa) if loss == 'mse' else F.l1_loss(pred, loa)
 
 def all_true(
     x:Tensor, # `(B, N, ...)`
 )->Tensor: # `(B, N)` bool
-    "A mask that keeps every position"
+    """A mask that keeps every position
+
+    Parameters
+    ----------
+    x : Tensor
+        `(B, N, ...)`
+
+    Returns
+    -------
+    Tensor
+        `(B, N)` bool
+    """
     return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
 
 def loa_conditions(
     batch:dict, # `clap` `(B, 1, D)`, `t5` `(B, L, D)`, `t5_mask` `(B, L)`
 )->list: # what `LOAModel` takes
-    "CLAP first, then T5 cut to the longest caption of the batch"
+    """CLAP first, then T5 cut to the longest caption of the batch
+
+    Parameters
+    ----------
+    batch : dict
+        `clap` `(B, 1, D)`, `t5` `(B, L, D)`, `t5_mask` `(B, L)`
+
+    Returns
+    -------
+    list
+        what `LOAModel` takes
+    """
     clap, mask = batch['clap'], batch['t5_mask']
     length = int(mask.sum(1).max())
     return [(clap, all_true(clap)), (batch['t5'][:, :length], mask[:, :length])]
@@ -207,7 +362,22 @@ def loa_loss(
     batch:dict, # as in `loa_conditions`, and `loa` `(B, N, dim)`
     ctx, # its `generator` draws the input noise
 )->dict: # `loss`
-    "Teacher-forced regression of the LOA (AudioLDM 2, eq. 3)"
+    """Teacher-forced regression of the LOA (AudioLDM 2, eq. 3)
+
+    Parameters
+    ----------
+    model : LOAModel
+        trained
+    batch : dict
+        as in `loa_conditions`, and `loa` `(B, N, dim)`
+    ctx
+        its `generator` draws the input noise
+
+    Returns
+    -------
+    dict
+        `loss`
+    """
     loa = batch['loa'].float()
     return dict(loss=loa_criterion(model(loa_conditions(batch), loa, ctx.generator), loa, model.cfg.loss))
 
@@ -220,7 +390,26 @@ def true_loa(
     batch_size:int=32, # clips at a time
     cache:bool=True, # keep under `out/cache`, under the hash of clips and weights
 )->Tensor: # `(len(toy), N, D)` half precision
-    "The language of audio of each clip, computed once"
+    """The language of audio of each clip, computed once
+
+    Parameters
+    ----------
+    toy : ToySet
+        clips with their AudioMAE input
+    audiomae : AudioMAE
+        makes the targets
+    lam : int, default=8
+        pooling factor
+    batch_size : int, default=32
+        clips at a time
+    cache : bool, default=True
+        keep under `out/cache`, under the hash of clips and weights
+
+    Returns
+    -------
+    Tensor
+        `(len(toy), N, D)` half precision
+    """
     device = audiomae.device
     def make(clips):
         with torch.autocast(device.type, torch.bfloat16, enabled=has_bf16(device)):
@@ -245,7 +434,30 @@ def loa_tensors(
     wordings:int=1, # captions a clip; each is one training item
     batch_size:int=128, # captions at a time
 )->dict: # `loa` `(M, N, D)`, `clap` `(M, 1, D)`, `t5` `(M, L, D)`, `t5_mask` `(M, L)`; M = wordings*clips
-    "Run the frozen models once over all clips and keep what they say"
+    """Run the frozen models once over all clips and keep what they say
+
+    Parameters
+    ----------
+    toy : ToySet
+        clips with captions
+    audiomae : AudioMAE
+        makes the targets
+    clap : CLAP
+        makes the first condition
+    t5 : T5
+        makes the second condition
+    lam : int, default=8
+        pooling factor of the LOA
+    wordings : int, default=1
+        captions a clip; each is one training item
+    batch_size : int, default=128
+        captions at a time
+
+    Returns
+    -------
+    dict
+        `loa` `(M, N, D)`, `clap` `(M, 1, D)`, `t5` `(M, L, D)`, `t5_mask` `(M, L)`; M = wordings*clips
+    """
     texts = list(toy.captions) + [toy.paraphrase(i, w) for w in range(1, wordings) for i in range(len(toy))]
     parts = [texts[i:i + batch_size] for i in range(0, len(texts), batch_size)]
     encoded = [t5.encode(p) for p in tqdm(parts, desc='T5', leave=False, disable=len(texts) < 500)]
@@ -262,7 +474,22 @@ def loa_errors(
     tensors:dict, # from `loa_tensors`
     batch_size:int=64, # items at a time
 )->dict: # `(M, N, D)` each: `loa` (true), `forced`, `free`; `(N,)` mean squares: `forced_error`, `free_error`
-    "Predict with the true past and with the model's own past"
+    """Predict with the true past and with the model's own past
+
+    Parameters
+    ----------
+    model : LOAModel
+        in eval mode
+    tensors : dict
+        from `loa_tensors`
+    batch_size : int, default=64
+        items at a time
+
+    Returns
+    -------
+    dict
+        `(M, N, D)` each: `loa` (true), `forced`, `free`; `(N,)` mean squares: `forced_error`, `free_error`
+    """
     found = dict(loa=tensors['loa'].float(), forced=[], free=[])
     for i in range(0, len(tensors['loa']), batch_size):
         batch = {k: v[i:i + batch_size] for k, v in tensors.items()}
@@ -273,7 +500,17 @@ def loa_errors(
 
 # %% ../nbs/52_loa.ipynb #6d0033c2
 class SlotProbe:
-    "A linear reader of the LOA: which event in its first half, which in its second?"
+    """A linear reader of the LOA: which event in its first half, which in its second?
+
+    Parameters
+    ----------
+    loa : Tensor
+        `(M, N, D)` true LOA
+    meta : list
+        truth of each clip; those without events are left out
+    ridge : float, default=1.
+        strength of the damping
+    """
     def __init__(self,
         loa:Tensor, # `(M, N, D)` true LOA
         meta:list, # truth of each clip; those without events are left out
@@ -299,7 +536,20 @@ class SlotProbe:
         loa:Tensor, # `(M, N, D)` true or generated
         meta:list, # truth of each clip
     )->dict: # shares read correctly: `single`, `first`, `second` and `both` of two; `count` of clips behind them
-        "Read events from both halves and compare with the truth"
+        """Read events from both halves and compare with the truth
+
+        Parameters
+        ----------
+        loa : Tensor
+            `(M, N, D)` true or generated
+        meta : list
+            truth of each clip
+
+        Returns
+        -------
+        dict
+            shares read correctly: `single`, `first`, `second` and `both` of two; `count` of clips behind them
+        """
         x, y, two = self.rows(loa, meta)
         right = (((x - self.mean) @ self.weight + self.bias).argmax(-1) == y).float()
         shares = dict(single=right[~two], first=right[two, 0], second=right[two, 1], both=right[two].prod(1))
@@ -313,7 +563,26 @@ def toy_recipe(
     clips:int=8000, # clips of the toy set
     wordings:int=2, # captions a clip
 )->Recipe: # for `run_recipe`
-    "Train GPT-2 at toy scale to say the LOA of a caption"
+    """Train GPT-2 at toy scale to say the LOA of a caption
+
+    Parameters
+    ----------
+    budget : str, default='short'
+        'short' or 'full', here alike
+    weights : str|None, default='mine'
+        of CLAP, T5 and AudioMAE; None = untrained ones, to try the code
+    seed : int, default=0
+        of the start, the order and the noise
+    clips : int, default=8000
+        clips of the toy set
+    wordings : int, default=2
+        captions a clip
+
+    Returns
+    -------
+    Recipe
+        for `run_recipe`
+    """
     parts = [c.from_pretrained(weights) if weights else c(c.config_class.toy()).eval() for c in (AudioMAE, CLAP, T5)]
     tensors = loa_tensors(toy_set(clips), *parts, wordings=wordings)
     with torch.random.fork_rng(devices=[]):

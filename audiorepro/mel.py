@@ -19,7 +19,29 @@ from .core import Config, make_generator
 # %% ../nbs/12_mel.ipynb #e53e593b
 @dataclass(frozen=True)
 class MelConfig(Config):
-    "Log-mel front end of the VAE and the vocoder (AudioLDM, 16 kHz setting)"
+    """Log-mel front end of the VAE and the vocoder (AudioLDM, 16 kHz setting)
+
+    Parameters
+    ----------
+    sample_rate : int, default=16_000
+        Hz
+    n_fft : int, default=1024
+        samples, also the length of a frame
+    win_length : int, default=1024
+        samples, the window inside the frame
+    hop_length : int, default=160
+        samples, 10 ms
+    n_mels : int, default=64
+        bands
+    fmin : float, default=0.
+        Hz
+    fmax : float, default=8_000.
+        Hz
+    padding : str, default='hifigan'
+        'hifigan' or 'tacotron'
+    floor : float, default=1e-5
+        smallest mel magnitude before the natural logarithm
+    """
     sample_rate:int=16_000 # Hz
     n_fft:int=1024         # samples, also the length of a frame
     win_length:int=1024    # samples, the window inside the frame
@@ -40,11 +62,23 @@ class MelConfig(Config):
 
     @property
     def pad(self)->int: # samples reflected at each end
-        "HiFi-GAN pads so that T frames take T hops; Tacotron centres frame i on sample `i*hop_length`"
+        """HiFi-GAN pads so that T frames take T hops; Tacotron centres frame i on sample `i*hop_length`
+
+        Returns
+        -------
+        int
+            samples reflected at each end
+        """
         return (self.n_fft - self.hop_length)//2 if self.padding == 'hifigan' else self.n_fft//2
 
     def frames(self, samples:int)->int: # number of frames of a clip
-        "Count the frames that fit into the padded clip"
+        """Count the frames that fit into the padded clip
+
+        Returns
+        -------
+        int
+            number of frames of a clip
+        """
         return (samples + 2*self.pad - self.n_fft)//self.hop_length + 1
 
     @classmethod
@@ -61,7 +95,20 @@ def hann(
     length:int, # samples
     periodic:bool=True, # period `length`, as for the STFT; False: both ends zero, as in Kaldi
 )->Tensor: # `(length,)` float64
-    "Raised cosine"
+    """Raised cosine
+
+    Parameters
+    ----------
+    length : int
+        samples
+    periodic : bool, default=True
+        period `length`, as for the STFT; False: both ends zero, as in Kaldi
+
+    Returns
+    -------
+    Tensor
+        `(length,)` float64
+    """
     n = torch.arange(length, dtype=torch.float64)
     return .5 - .5*torch.cos(2*math.pi*n/(length if periodic else length - 1))
 
@@ -75,7 +122,20 @@ def stft(
     wav:Tensor, # `(B, samples)` in [-1, 1]
     cfg:MelConfig, # front end
 )->Tensor: # `(B, T, n_fft//2 + 1)` complex
-    "Pad by reflection, cut overlapping frames, window them, Fourier-transform each"
+    """Pad by reflection, cut overlapping frames, window them, Fourier-transform each
+
+    Parameters
+    ----------
+    wav : Tensor
+        `(B, samples)` in [-1, 1]
+    cfg : MelConfig
+        front end
+
+    Returns
+    -------
+    Tensor
+        `(B, T, n_fft//2 + 1)` complex
+    """
     if wav.ndim != 2: raise ValueError(f"wav must be (B, samples), got shape {tuple(wav.shape)}")
     if wav.shape[1] <= cfg.pad:
         raise ValueError(f"wav has {wav.shape[1]} samples, more than {cfg.pad} are needed to reflect")
@@ -87,20 +147,53 @@ def stft(
 def hz_to_mel(
     hz:Tensor, # Hz
 )->Tensor: # mel, Slaney's scale
-    "Slaney's scale: linear below 1 kHz, logarithmic above (Auditory Toolbox, 1998)"
+    """Slaney's scale: linear below 1 kHz, logarithmic above (Auditory Toolbox, 1998)
+
+    Parameters
+    ----------
+    hz : Tensor
+        Hz
+
+    Returns
+    -------
+    Tensor
+        mel, Slaney's scale
+    """
     return torch.where(hz < 1000, hz*3/200, 15 + 27*(hz.clamp(min=1)/1000).log()/math.log(6.4))
 
 def mel_to_hz(
     mel:Tensor, # mel, Slaney's scale
 )->Tensor: # Hz
-    "Invert `hz_to_mel`"
+    """Invert `hz_to_mel`
+
+    Parameters
+    ----------
+    mel : Tensor
+        mel, Slaney's scale
+
+    Returns
+    -------
+    Tensor
+        Hz
+    """
     return torch.where(mel < 15, mel*200/3, 1000*torch.exp((mel - 15)*math.log(6.4)/27))
 
 @lru_cache(maxsize=None)
 def mel_filters(
     cfg:MelConfig, # front end
 )->Tensor: # `(n_mels, n_fft//2 + 1)` float32, do not modify: it is cached
-    "Triangles with equal steps on the mel scale and equal area in Hz (Slaney)"
+    """Triangles with equal steps on the mel scale and equal area in Hz (Slaney)
+
+    Parameters
+    ----------
+    cfg : MelConfig
+        front end
+
+    Returns
+    -------
+    Tensor
+        `(n_mels, n_fft//2 + 1)` float32, do not modify: it is cached
+    """
     bins = torch.linspace(0, cfg.sample_rate/2, cfg.n_fft//2 + 1, dtype=torch.float64)
     ends = hz_to_mel(torch.tensor([cfg.fmin, cfg.fmax], dtype=torch.float64))
     edges = mel_to_hz(torch.linspace(*ends.tolist(), cfg.n_mels + 2, dtype=torch.float64))
@@ -113,14 +206,49 @@ def log_mel(
     wav:Tensor, # `(B, samples)` in [-1, 1]
     cfg:MelConfig, # front end
 )->Tensor: # `(B, 1, T, n_mels)` natural logarithm of the mel magnitude, at least `log(floor)`
-    "The spectrogram that the VAE encodes and the vocoder turns into sound (AudioLDM 2, sec. III-D)"
+    """The spectrogram that the VAE encodes and the vocoder turns into sound (AudioLDM 2, sec. III-D)
+
+    Parameters
+    ----------
+    wav : Tensor
+        `(B, samples)` in [-1, 1]
+    cfg : MelConfig
+        front end
+
+    Returns
+    -------
+    Tensor
+        `(B, 1, T, n_mels)` natural logarithm of the mel magnitude, at least `log(floor)`
+    """
     mel = stft(wav, cfg).abs() @ mel_filters(cfg).to(wav).T
     return mel.clamp(min=cfg.floor).log()[:, None]
 
 # %% ../nbs/12_mel.ipynb #b17f4a8f
 @dataclass(frozen=True)
 class FbankConfig(Config):
-    "Kaldi filter bank of AudioMAE (AudioSet statistics)"
+    """Kaldi filter bank of AudioMAE (AudioSet statistics)
+
+    Parameters
+    ----------
+    sample_rate : int, default=16_000
+        Hz
+    n_mels : int, default=128
+        bands
+    num_frames : int, default=1024
+        frames after padding or cutting
+    frame_length : int, default=400
+        samples, 25 ms
+    frame_shift : int, default=160
+        samples, 10 ms
+    low_freq : float, default=20.
+        Hz; the highest is Nyquist
+    mean : float, default=-4.2677393
+        of the log-fbank of the training set
+    std : float, default=4.5689974
+        of the log-fbank of the training set
+    preemphasis : float, default=.97
+        share of the previous sample that is subtracted
+    """
     sample_rate:int=16_000   # Hz
     n_mels:int=128           # bands
     num_frames:int=1024      # frames after padding or cutting
@@ -133,11 +261,23 @@ class FbankConfig(Config):
 
     @property
     def n_fft(self)->int: # samples, frame_length rounded up to a power of two
-        "Length of the Fourier transform"
+        """Length of the Fourier transform
+
+        Returns
+        -------
+        int
+            samples, frame_length rounded up to a power of two
+        """
         return 1 << (self.frame_length - 1).bit_length()
 
     def frames(self, samples:int)->int: # number of whole frames, before padding
-        "Count the frames that fit into the clip without padding"
+        """Count the frames that fit into the clip without padding
+
+        Returns
+        -------
+        int
+            number of whole frames, before padding
+        """
         return max(0, (samples - self.frame_length)//self.frame_shift + 1)
 
     @classmethod
@@ -150,7 +290,18 @@ class FbankConfig(Config):
 def kaldi_filters(
     cfg:FbankConfig, # front end
 )->Tensor: # `(n_mels, n_fft//2 + 1)` float64, do not modify: it is cached
-    "Triangles on the HTK mel scale `1127 log(1 + f/700)`, straight in mel, all of height 1"
+    """Triangles on the HTK mel scale `1127 log(1 + f/700)`, straight in mel, all of height 1
+
+    Parameters
+    ----------
+    cfg : FbankConfig
+        front end
+
+    Returns
+    -------
+    Tensor
+        `(n_mels, n_fft//2 + 1)` float64, do not modify: it is cached
+    """
     mel = lambda hz: 1127*torch.log1p(torch.as_tensor(hz, dtype=torch.float64)/700)
     edges = torch.linspace(mel(cfg.low_freq).item(), mel(cfg.sample_rate/2).item(), cfg.n_mels + 2, dtype=torch.float64)
     bins = mel(torch.linspace(0, cfg.sample_rate/2, cfg.n_fft//2 + 1, dtype=torch.float64))
@@ -163,7 +314,20 @@ def kaldi_fbank(
     wav:Tensor, # `(B, samples)` in [-1, 1]
     cfg:FbankConfig, # front end
 )->Tensor: # `(B, frames, n_mels)` natural logarithm of the mel power
-    "Kaldi's log filter bank: whole frames only, pre-emphasis, Hann, power, log; computed in float64"
+    """Kaldi's log filter bank: whole frames only, pre-emphasis, Hann, power, log; computed in float64
+
+    Parameters
+    ----------
+    wav : Tensor
+        `(B, samples)` in [-1, 1]
+    cfg : FbankConfig
+        front end
+
+    Returns
+    -------
+    Tensor
+        `(B, frames, n_mels)` natural logarithm of the mel power
+    """
     if wav.ndim != 2: raise ValueError(f"wav must be (B, samples), got shape {tuple(wav.shape)}")
     if wav.shape[1] < cfg.frame_length:
         raise ValueError(f"wav has {wav.shape[1]} samples, one frame needs {cfg.frame_length}")
@@ -179,7 +343,20 @@ def audiomae_input(
     wav:Tensor, # `(B, samples)` in [-1, 1]
     cfg:FbankConfig, # front end
 )->Tensor: # `(B, 1, num_frames, n_mels)` roughly in [-1, 1]
-    "Fill with zeros (or cut) to `num_frames`, then subtract the mean and divide by twice the standard deviation"
+    """Fill with zeros (or cut) to `num_frames`, then subtract the mean and divide by twice the standard deviation
+
+    Parameters
+    ----------
+    wav : Tensor
+        `(B, samples)` in [-1, 1]
+    cfg : FbankConfig
+        front end
+
+    Returns
+    -------
+    Tensor
+        `(B, 1, num_frames, n_mels)` roughly in [-1, 1]
+    """
     fbank = kaldi_fbank(wav, cfg)[:, :cfg.num_frames]
     fbank = F.pad(fbank, (0, 0, 0, cfg.num_frames - fbank.shape[1]))
     return ((fbank - cfg.mean)/(2*cfg.std))[:, None]
@@ -190,7 +367,22 @@ def mel_to_magnitude(
     cfg:MelConfig, # front end
     n_iter:int=16, # corrections
 )->Tensor: # `(..., n_fft//2 + 1)` magnitude, never negative
-    "Guess the magnitudes behind a mel frame: least squares without negative numbers, by multiplicative steps"
+    """Guess the magnitudes behind a mel frame: least squares without negative numbers, by multiplicative steps
+
+    Parameters
+    ----------
+    mel : Tensor
+        `(..., n_mels)` mel magnitude, not its logarithm
+    cfg : MelConfig
+        front end
+    n_iter : int, default=16
+        corrections
+
+    Returns
+    -------
+    Tensor
+        `(..., n_fft//2 + 1)` magnitude, never negative
+    """
     W = mel_filters(cfg).to(mel)
     mag, target = (mel @ torch.linalg.pinv(W).T).clamp(min=0) + 1e-3*mel @ W, mel @ W
     for _ in range(n_iter): mag = mag*target/((mag @ W.T) @ W + 1e-12)
@@ -201,7 +393,20 @@ def overlap_add(
     frames:Tensor, # `(..., T, n_fft)` windowed frames
     hop_length:int, # samples between two frames
 )->Tensor: # `(..., (T - 1)*hop_length + n_fft)`
-    "Add frames where they overlap"
+    """Add frames where they overlap
+
+    Parameters
+    ----------
+    frames : Tensor
+        `(..., T, n_fft)` windowed frames
+    hop_length : int
+        samples between two frames
+
+    Returns
+    -------
+    Tensor
+        `(..., (T - 1)*hop_length + n_fft)`
+    """
     *lead, T, n_fft = frames.shape
     parts = F.pad(frames, (0, -n_fft % hop_length)).unflatten(-1, (-1, hop_length))  # (..., T, K, hop)
     K = parts.shape[-2]
@@ -213,7 +418,20 @@ def istft(
     spec:Tensor, # `(B, T, n_fft//2 + 1)` complex
     cfg:MelConfig, # front end
 )->Tensor: # `(B, T*hop_length)` waveform
-    "The waveform whose frames are nearest to `spec` in the least-squares sense (Griffin & Lim, 1984, eq. 6)"
+    """The waveform whose frames are nearest to `spec` in the least-squares sense (Griffin & Lim, 1984, eq. 6)
+
+    Parameters
+    ----------
+    spec : Tensor
+        `(B, T, n_fft//2 + 1)` complex
+    cfg : MelConfig
+        front end
+
+    Returns
+    -------
+    Tensor
+        `(B, T*hop_length)` waveform
+    """
     window = _window(cfg).to(spec.real)
     wav = overlap_add(torch.fft.irfft(spec, cfg.n_fft)*window, cfg.hop_length)
     norm = overlap_add((window**2).expand(spec.shape[1], -1), cfg.hop_length)
@@ -237,7 +455,26 @@ def griffin_lim(
     momentum:float=.99, # 0: Griffin & Lim; 0.99: the fast version, in [0, 1)
     generator:torch.Generator|int|None=None, # of the first phases, the same for each item; or a seed, None is 0
 )->Tensor: # `(B, T*hop_length)` waveform
-    "Waveforms whose mel is close to `mel`, found item by item (Perraudin, Balazs & Sondergaard, 2013)"
+    """Waveforms whose mel is close to `mel`, found item by item (Perraudin, Balazs & Sondergaard, 2013)
+
+    Parameters
+    ----------
+    mel : Tensor
+        `(B, 1, T, n_mels)` natural-log mel
+    cfg : MelConfig
+        the front end that made it
+    n_iter : int, default=32
+        rounds
+    momentum : float, default=.99
+        0: Griffin & Lim; 0.99: the fast version, in [0, 1)
+    generator : torch.Generator|int|None, default=None
+        of the first phases, the same for each item; or a seed, None is 0
+
+    Returns
+    -------
+    Tensor
+        `(B, T*hop_length)` waveform
+    """
     if mel.ndim != 4 or mel.shape[1] != 1 or mel.shape[3] != cfg.n_mels:
         raise ValueError(f"mel must be (B, 1, T, {cfg.n_mels}), got shape {tuple(mel.shape)}")
     if not 0 <= momentum < 1: raise ValueError(f"momentum must be in [0, 1), got {momentum}")

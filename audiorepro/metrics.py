@@ -20,7 +20,18 @@ def _matrix(name, x, rows=1):
 def gaussian_stats(
     features, # `(N, D)` one row per clip, N >= 2
 )->tuple[np.ndarray, np.ndarray]: # mean `(D,)`, covariance `(D, D)`
-    "Describe a cloud of features by its mean and covariance"
+    """Describe a cloud of features by its mean and covariance
+
+    Parameters
+    ----------
+    features
+        `(N, D)` one row per clip, N >= 2
+
+    Returns
+    -------
+    tuple[np.ndarray, np.ndarray]
+        mean `(D,)`, covariance `(D, D)`
+    """
     x = _matrix('features', features, 2)
     return x.mean(0), np.atleast_2d(np.cov(x, rowvar=False))
 
@@ -38,7 +49,24 @@ def frechet_distance(
     mu2, # `(D,)` mean of the second cloud
     cov2, # `(D, D)` its covariance
 )->float: # squared distance, >= 0
-    "Squared distance of two Gaussians (Dowson and Landau, 1982; Heusel et al., 2017, sec. 3)"
+    """Squared distance of two Gaussians (Dowson and Landau, 1982; Heusel et al., 2017, sec. 3)
+
+    Parameters
+    ----------
+    mu1
+        `(D,)` mean of the first cloud
+    cov1
+        `(D, D)` its covariance
+    mu2
+        `(D,)` mean of the second cloud
+    cov2
+        `(D, D)` its covariance
+
+    Returns
+    -------
+    float
+        squared distance, >= 0
+    """
     mu1, cov1, mu2, cov2 = (np.asarray(x, dtype=np.float64) for x in (mu1, cov1, mu2, cov2))
     if mu1.shape != mu2.shape or cov1.shape != cov2.shape or cov1.shape != (len(mu1),)*2:
         shapes = mu1.shape, cov1.shape, mu2.shape, cov2.shape
@@ -53,7 +81,20 @@ def frechet_from_features(
     a, # `(N, D)` features of real clips, N >= 2
     b, # `(M, D)` features of generated clips, M >= 2
 )->float: # squared distance, >= 0
-    "Frechet distance of two clouds; with fewer clips than features no D x D matrix is made"
+    """Frechet distance of two clouds; with fewer clips than features no D x D matrix is made
+
+    Parameters
+    ----------
+    a
+        `(N, D)` features of real clips, N >= 2
+    b
+        `(M, D)` features of generated clips, M >= 2
+
+    Returns
+    -------
+    float
+        squared distance, >= 0
+    """
     a, b = _matrix('a', a, 2), _matrix('b', b, 2)
     if a.shape[1] != b.shape[1]: raise ValueError(f"a has {a.shape[1]} features, b has {b.shape[1]}")
     if len(a) + len(b) > a.shape[1]: return frechet_distance(*gaussian_stats(a), *gaussian_stats(b))
@@ -69,7 +110,26 @@ def frechet_infinity(
     repeats:int=4, # random subsets of each size
     seed:int=0, # of the subsets
 )->float: # estimate for infinitely many clips; may be negative
-    "Fit a line to the distance over 1/n and read it at 1/n = 0 (Chong and Forsyth, 2020)"
+    """Fit a line to the distance over 1/n and read it at 1/n = 0 (Chong and Forsyth, 2020)
+
+    Parameters
+    ----------
+    a
+        `(N, D)` features of real clips
+    b
+        `(M, D)` features of generated clips
+    points : int, default=8
+        subset sizes to try, >= 2
+    repeats : int, default=4
+        random subsets of each size
+    seed : int, default=0
+        of the subsets
+
+    Returns
+    -------
+    float
+        estimate for infinitely many clips; may be negative
+    """
     a, b = _matrix('a', a, 2), _matrix('b', b, 2)
     n, rng = min(len(a), len(b)), np.random.default_rng(seed)
     sizes = np.linspace(max(2, n//4), n, points).astype(int)
@@ -96,7 +156,24 @@ def kl_divergence(
     eps:float=1e-6, # added to `q`, so that a forgotten class costs much but not infinitely much
     reduction:str='mean', # 'mean' or 'none' (one value per pair)
 )->float|np.ndarray: # nats
-    "How badly each generated clip explains what is heard in its target (AudioLDM 2, sec. IV-B)"
+    """How badly each generated clip explains what is heard in its target (AudioLDM 2, sec. IV-B)
+
+    Parameters
+    ----------
+    p
+        `(N, C)` class probabilities of the real clips (targets)
+    q
+        `(N, C)` of the clips generated from the same captions
+    eps : float, default=1e-6
+        added to `q`, so that a forgotten class costs much but not infinitely much
+    reduction : str, default='mean'
+        'mean' or 'none' (one value per pair)
+
+    Returns
+    -------
+    float|np.ndarray
+        nats
+    """
     p, q = _probabilities('p', p), _probabilities('q', q)
     if p.shape != q.shape: raise ValueError(f"p {p.shape} and q {q.shape} must be pairs of the same shape")
     logs = np.log(np.where(p > 0, p, 1)) - np.log(q + eps)
@@ -109,7 +186,24 @@ def kl_sigmoid(
     eps:float=1e-6, # added to `q`
     reduction:str='mean', # 'mean' or 'none' (one value per pair)
 )->float|np.ndarray: # nats; may be negative
-    "Sum the same terms, target to generated, over independent yes-or-no probabilities (audioldm_eval, sigmoid form)"
+    """Sum the same terms, target to generated, over independent yes-or-no probabilities (audioldm_eval, sigmoid form)
+
+    Parameters
+    ----------
+    p
+        `(N, C)` class scores of the real clips after a sigmoid, 0 .. 1
+    q
+        `(N, C)` of the clips generated from the same captions
+    eps : float, default=1e-6
+        added to `q`
+    reduction : str, default='mean'
+        'mean' or 'none' (one value per pair)
+
+    Returns
+    -------
+    float|np.ndarray
+        nats; may be negative
+    """
     p, q = _matrix('p', p), _matrix('q', q)
     if p.shape != q.shape: raise ValueError(f"p {p.shape} and q {q.shape} must be pairs of the same shape")
     for name, x in (('p', p), ('q', q)):
@@ -123,7 +217,22 @@ def inception_score(
     splits:int=10, # parts that are scored on their own and averaged
     seed:int=2020, # shuffles the clips before they are split
 )->float: # between 1 and the number of classes
-    "Are single clips clear and all of them varied? (Salimans et al., 2016, sec. 4)"
+    """Are single clips clear and all of them varied? (Salimans et al., 2016, sec. 4)
+
+    Parameters
+    ----------
+    p
+        `(N, C)` class probabilities of the generated clips
+    splits : int, default=10
+        parts that are scored on their own and averaged
+    seed : int, default=2020
+        shuffles the clips before they are split
+
+    Returns
+    -------
+    float
+        between 1 and the number of classes
+    """
     p = _probabilities('p', p)
     if not 1 <= splits <= len(p): raise ValueError(f"splits must lie in 1..{len(p)} (clips), got {splits}")
     parts = np.array_split(p[np.random.RandomState(seed).permutation(len(p))], splits)
@@ -136,7 +245,24 @@ def cosine_score(
     eps:float=1e-8, # smallest product of lengths to divide by
     reduction:str='mean', # 'mean' or 'none' (one value per pair)
 )->float|np.ndarray: # -1 .. 1
-    "Cosine of the angle between paired embeddings (AudioLDM 2, sec. IV-B, eq. 9)"
+    """Cosine of the angle between paired embeddings (AudioLDM 2, sec. IV-B, eq. 9)
+
+    Parameters
+    ----------
+    a
+        `(N, D)` embeddings of the clips
+    b
+        `(N, D)` embeddings of their captions
+    eps : float, default=1e-8
+        smallest product of lengths to divide by
+    reduction : str, default='mean'
+        'mean' or 'none' (one value per pair)
+
+    Returns
+    -------
+    float|np.ndarray
+        -1 .. 1
+    """
     a, b = _matrix('a', a), _matrix('b', b)
     if a.shape != b.shape: raise ValueError(f"a {a.shape} and b {b.shape} must be pairs of the same shape")
     lengths = np.linalg.norm(a, axis=1)*np.linalg.norm(b, axis=1)
@@ -151,7 +277,28 @@ def bootstrap_interval(
     paired:bool=True, # several arrays: the same clips from each
     seed:int=0, # of the resampling
 )->tuple[float, float]: # lower and upper end
-    "Percentile bootstrap: draw clips (and seeds) again with replacement and see how the number moves"
+    """Percentile bootstrap: draw clips (and seeds) again with replacement and see how the number moves
+
+    Parameters
+    ----------
+    values
+        `(N,)` one number per clip, `(S, N)` clips of S training seeds, or a tuple of `(N, ...)` arrays
+    statistic : default=np.mean
+        number computed from the resampled values (several arrays: `statistic(*arrays)`)
+    level : float, default=.95
+        coverage wanted
+    n_resamples : int, default=2000
+        repetitions
+    paired : bool, default=True
+        several arrays: the same clips from each
+    seed : int, default=0
+        of the resampling
+
+    Returns
+    -------
+    tuple[float, float]
+        lower and upper end
+    """
     if not 0 < level < 1: raise ValueError(f"level must lie between 0 and 1, got {level}")
     rng, arrays = np.random.default_rng(seed), values if isinstance(values, tuple) else (values,)
     arrays = tuple(np.asarray(x.detach().cpu() if hasattr(x, 'detach') else x) for x in arrays)
@@ -173,7 +320,20 @@ def seed_interval(
     values, # `(S,)` one number per training seed (of a comparison: the difference of the arms), S >= 2
     level:float=.95, # coverage wanted
 )->tuple[float, float]: # lower and upper end
-    "Student's t interval for the mean over few training seeds"
+    """Student's t interval for the mean over few training seeds
+
+    Parameters
+    ----------
+    values
+        `(S,)` one number per training seed (of a comparison: the difference of the arms), S >= 2
+    level : float, default=.95
+        coverage wanted
+
+    Returns
+    -------
+    tuple[float, float]
+        lower and upper end
+    """
     from scipy import stats
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or len(x) < 2: raise ValueError(f"values must be (S,) with S >= 2 seeds, got shape {x.shape}")

@@ -21,7 +21,18 @@ _KBPS[False, 2] = _KBPS[False, 1] = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112,
 def mpeg_frame(
     head:bytes, # four bytes
 )->tuple[int, int, tuple]|None: # bytes, samples, what stays within a sound (MPEG 1, Hz, mono); None: no header
-    "Length of the frame that starts with these bytes (ISO 11172-3, sec. 2.4.2.3)"
+    """Length of the frame that starts with these bytes (ISO 11172-3, sec. 2.4.2.3)
+
+    Parameters
+    ----------
+    head : bytes
+        four bytes
+
+    Returns
+    -------
+    tuple[int, int, tuple]|None
+        bytes, samples, what stays within a sound (MPEG 1, Hz, mono); None: no header
+    """
     if len(head) < 4 or head[0] < 255: return None
     _, second, third, fourth = head
     version, layer, bits = second >> 3 & 3, second >> 1 & 3, third >> 4
@@ -36,7 +47,20 @@ def mpeg_run(
     data, # bytes of a file
     pos:int, # where the first frame starts
 )->tuple[list[int], int]: # first byte of each frame; where the next would start: beyond the end when one is cut
-    "Walk from frame to frame of one sound"
+    """Walk from frame to frame of one sound
+
+    Parameters
+    ----------
+    data
+        bytes of a file
+    pos : int
+        where the first frame starts
+
+    Returns
+    -------
+    tuple[list[int], int]
+        first byte of each frame; where the next would start: beyond the end when one is cut
+    """
     places, last = [], None
     while frame := mpeg_frame(data[pos:pos + 4]):
         if frame is not last and last and frame[2] != last[2]: break  # another sound
@@ -49,7 +73,20 @@ def mpeg_tag(
     data, # bytes of a file
     pos:int, # where a frame starts
 )->tuple[int, int, int]|None: # frames, bytes (0: not told), samples that the encoder added; None: an ordinary frame
-    "Read what encoders write into a silent first frame: the tags `Xing`, `Info` or `VBRI`"
+    """Read what encoders write into a silent first frame: the tags `Xing`, `Info` or `VBRI`
+
+    Parameters
+    ----------
+    data
+        bytes of a file
+    pos : int
+        where a frame starts
+
+    Returns
+    -------
+    tuple[int, int, int]|None
+        frames, bytes (0: not told), samples that the encoder added; None: an ordinary frame
+    """
     head = bytes(data[pos:pos + 200]).ljust(200, b'\0')
     is_one, _, is_mono = mpeg_frame(head[:4])[2]
     if head[36:40] == b'VBRI': return *struct.unpack_from('>II', head, 46)[::-1], 0
@@ -76,7 +113,20 @@ def skip_titles(
     data, # bytes of a file
     pos:int, # where titles may start
 )->tuple[int, bool]: # the byte behind them and behind zeros that follow; whether there were titles
-    "Step over titles and pictures: ID3, APE and Lyrics3"
+    """Step over titles and pictures: ID3, APE and Lyrics3
+
+    Parameters
+    ----------
+    data
+        bytes of a file
+    pos : int
+        where titles may start
+
+    Returns
+    -------
+    tuple[int, bool]
+        the byte behind them and behind zeros that follow; whether there were titles
+    """
     start, is_titled = -1, False
     while start != pos:
         start, head = pos, bytes(data[pos:pos + 32])
@@ -125,7 +175,18 @@ def _sounds(data, places, end, tags):
 def mp3_sounds(
     data, # bytes of a file
 )->list[tuple]: # (first byte, byte after the last, samples per channel, what is wrong with it or ''); empty: no frames
-    "Find the sounds of one MP3 file or of several joined"
+    """Find the sounds of one MP3 file or of several joined
+
+    Parameters
+    ----------
+    data
+        bytes of a file
+
+    Returns
+    -------
+    list[tuple]
+        (first byte, byte after the last, samples per channel, what is wrong with it or ''); empty: no frames
+    """
     pos, _ = skip_titles(data, 0)
     places, end = mpeg_run(data, pos)
     if len(places) < 2: places, end = _search(data, pos)

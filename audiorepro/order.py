@@ -14,7 +14,13 @@ from .text import masked_mean, split_words
 
 # %% ../nbs/50a_order.ipynb #f4f909a0
 def event_words()->dict: # word -> the only event that is said with it
-    "Find the words that give an event away: 'dog' and 'barks', but not 'quickly'"
+    """Find the words that give an event away: 'dog' and 'barks', but not 'quickly'
+
+    Returns
+    -------
+    dict
+        word -> the only event that is said with it
+    """
     said = {}
     for name in EVENTS:
         meta = dict(family='event', kind='single', events=[dict(name=name)], asked=[{}])
@@ -27,7 +33,22 @@ def ordered_captions(
     seed:int=0, # of the wording
     words=(), # keep only captions with one of these words, e.g. ('after',)
 )->list: # (caption, first event, second event)
-    "Word everything that has an order"
+    """Word everything that has an order
+
+    Parameters
+    ----------
+    metas : list
+        truths; only "A then B" is kept
+    seed : int, default=0
+        of the wording
+    words : default=()
+        keep only captions with one of these words, e.g. ('after',)
+
+    Returns
+    -------
+    list
+        (caption, first event, second event)
+    """
     then = [(caption(m, np.random.default_rng([seed, i])), *(e['name'] for e in m['events']))
             for i, m in enumerate(metas) if m['kind'] == 'then']
     return [row for row in then if not words or set(words) & set(split_words(row[0]))]
@@ -38,7 +59,22 @@ def probe_data(
     rows:list, # see `ordered_captions`
     at:str, # 'words': the state of each word that gives an event away; 'mean': the mean state
 )->tuple: # features `(N, D + 1)`, signed targets `(N, K)`: +1 what is first, -1 what is second
-    "Collect states and what a linear map should read from them"
+    """Collect states and what a linear map should read from them
+
+    Parameters
+    ----------
+    encode
+        captions -> (states `(B, L, D)`, mask)
+    rows : list
+        see `ordered_captions`
+    at : str
+        'words': the state of each word that gives an event away; 'mean': the mean state
+
+    Returns
+    -------
+    tuple
+        features `(N, D + 1)`, signed targets `(N, K)`: +1 what is first, -1 what is second
+    """
     owner, x, y = event_words(), [], []
     for j in range(0, len(rows), 256):
         states, mask = encode([r[0] for r in rows[j:j + 256]])
@@ -56,7 +92,26 @@ def order_probe(
     at:str='words', # where it reads, see `probe_data`
     ridge:float=1e-3, # weight of the penalty
 )->float: # share of right 2-way choices; chance is 1/2
-    "Can a linear map tell what comes first?"
+    """Can a linear map tell what comes first?
+
+    Parameters
+    ----------
+    encode
+        captions -> (states `(B, L, D)`, mask)
+    train_rows : list
+        see `ordered_captions`: the probe learns from these
+    test_rows : list
+        and is tried on these
+    at : str, default='words'
+        where it reads, see `probe_data`
+    ridge : float, default=1e-3
+        weight of the penalty
+
+    Returns
+    -------
+    float
+        share of right 2-way choices; chance is 1/2
+    """
     x, y = probe_data(encode, train_rows, at)
     x_test, y_test = probe_data(encode, test_rows, at)
     scale = x.pow(2).mean(0).sqrt().clamp_min(1e-6)

@@ -20,7 +20,26 @@ def corrupt_spans(
     share:float=.15, # of the words that are hidden
     mean_span:float=2., # mean length of a hidden span
 )->tuple: # input ids, target ids: two lists
-    "Hide spans behind sentinels; the target names each sentinel and what it hides (Raffel et al. 2020, sec. 3.1.4)"
+    """Hide spans behind sentinels; the target names each sentinel and what it hides (Raffel et al. 2020, sec. 3.1.4)
+
+    Parameters
+    ----------
+    ids : list
+        token ids of one text, `</s>` last
+    tokenizer : Tokenizer
+        gives the sentinels
+    rng : np.random.Generator
+        draws the spans
+    share : float, default=.15
+        of the words that are hidden
+    mean_span : float, default=2.
+        mean length of a hidden span
+
+    Returns
+    -------
+    tuple
+        input ids, target ids: two lists
+    """
     n = len(ids) - 1
     hidden, spans = max(1, round(share*n)), 0
     keep = np.ones(n, bool)
@@ -39,7 +58,13 @@ def corrupt_spans(
 
 # %% ../nbs/13a_pretext.ipynb #b58e6b5b
 def target_words()->tuple: # words that answers are made of
-    "All words the decoder may need to list what sounds"
+    """All words the decoder may need to list what sounds
+
+    Returns
+    -------
+    tuple
+        words that answers are made of
+    """
     links = 'then', 'while', 'melody', 'speech'
     groups = (EVENTS, *ATTRIBUTES.values(), INSTRUMENTS, TEMPOS, MODES, REGISTERS, SYLLABLES, links)
     return tuple(sorted({w for group in groups for w in group}))
@@ -47,7 +72,18 @@ def target_words()->tuple: # words that answers are made of
 def list_events(
     meta:dict, # truth of a record of the toy world
 )->str: # 'low dog then rain', 'melody piano fast', 'speech low mi to'
-    "Say what the caption mentions, first things first, in the fewest words"
+    """Say what the caption mentions, first things first, in the fewest words
+
+    Parameters
+    ----------
+    meta : dict
+        truth of a record of the toy world
+
+    Returns
+    -------
+    str
+        'low dog then rain', 'melody piano fast', 'speech low mi to'
+    """
     asked = meta['asked']
     if meta['family'] == 'melody':
         said = [asked[0][k] for k in ('instrument', 'tempo', 'mode', 'register') if k in asked[0]]
@@ -64,7 +100,22 @@ def hide_words(
     rng:np.random.Generator, # which words
     share:float=.08, # probability that a word is hidden, 0 .. 1
 )->str: # with 'unk' in place of some words, never of all
-    "Replace words by one that no toy vocabulary holds"
+    """Replace words by one that no toy vocabulary holds
+
+    Parameters
+    ----------
+    text : str
+        a caption
+    rng : np.random.Generator
+        which words
+    share : float, default=.08
+        probability that a word is hidden, 0 .. 1
+
+    Returns
+    -------
+    str
+        with 'unk' in place of some words, never of all
+    """
     if not 0 <= share <= 1: raise ValueError(f"share must lie in 0..1, got {share}")
     words = text.split()
     hidden = rng.random(len(words)) < share
@@ -80,7 +131,27 @@ def text_batches(
     order_share:float=.75, # share of "list the events", half of it on "A then B"; the rest is span corruption
     unknown_share:float=0., # of the words that are hidden, see `hide_words`
 ):# `batches(start_step)`, an endless iterator of dict(ids, mask, target)
-    "Make batches of captions and, for listing, of their truth; each is a pure function of its step"
+    """Make batches of captions and, for listing, of their truth; each is a pure function of its step
+
+    Parameters
+    ----------
+    metas : list
+        truths of the clips whose captions are learnt; each time they are worded anew
+    tokenizer : Tokenizer
+        of the model
+    batch_size : int
+        texts a batch
+    seed : int, default=0
+        of the choice and the wording
+    order_share : float, default=.75
+        share of "list the events", half of it on "A then B"; the rest is span corruption
+    unknown_share : float, default=0.
+        of the words that are hidden, see `hide_words`
+
+    Returns
+    -------
+    `batches(start_step)`, an endless iterator of dict(ids, mask, target)
+    """
     ordered, listed = [m for m in metas if m['kind'] in ('then', 'three')], round(order_share*batch_size)
     def make(step):
         rng = np.random.default_rng([seed, step])

@@ -63,7 +63,18 @@ _CORPUS = 'a dog barks, then rain falls while wind blows and the old machine hum
 def make_tokenizers(
     max_tokens:int=40, # longest text; what `model_max_length` says in the saved folder
 )->tuple: # RoBERTa's and T5's tokeniser, of transformers
-    "Make small tokenisers of the two published kinds"
+    """Make small tokenisers of the two published kinds
+
+    Parameters
+    ----------
+    max_tokens : int, default=40
+        longest text; what `model_max_length` says in the saved folder
+
+    Returns
+    -------
+    tuple
+        RoBERTa's and T5's tokeniser, of transformers
+    """
     from tokenizers import ByteLevelBPETokenizer
     from transformers import RobertaTokenizer, T5Tokenizer
     words, letters = sorted({*_CORPUS.replace(',', '').split()}), sorted({*map(chr, range(97, 123)), ','})
@@ -81,7 +92,18 @@ def make_tokenizers(
 def shake(
     module:nn.Module, # changed in place
 )->nn.Module: # the same, each tensor random
-    "Fill a network with random weights of unit gain, also where zeros or ones would hide a mistake"
+    """Fill a network with random weights of unit gain, also where zeros or ones would hide a mistake
+
+    Parameters
+    ----------
+    module : nn.Module
+        changed in place
+
+    Returns
+    -------
+    nn.Module
+        the same, each tensor random
+    """
     for p in module.parameters():
         noise = torch.randn(p.shape)
         p.data = noise*p[0].numel()**-.5 if p.ndim > 1 else p.data.mean() + .1*noise
@@ -95,7 +117,22 @@ def random_parts(
     prediction_type:str='epsilon', # of the schedule: 'epsilon' as published, or 'v_prediction'
     max_tokens:int=40, # of the tokenisers
 )->dict: # subfolder -> object of diffusers or transformers
-    "The pieces of an AudioLDM 2 as the public libraries build them"
+    """The pieces of an AudioLDM 2 as the public libraries build them
+
+    Parameters
+    ----------
+    size : str, default='tiny'
+        a key of `SIZES`
+    prediction_type : str, default='epsilon'
+        of the schedule: 'epsilon' as published, or 'v_prediction'
+    max_tokens : int, default=40
+        of the tokenisers
+
+    Returns
+    -------
+    dict
+        subfolder -> object of diffusers or transformers
+    """
     import diffusers as d, transformers as t
     s, (tokenizer, tokenizer_2) = SIZES[size], make_tokenizers(max_tokens)
     attends = ('CrossAttnDownBlock2D',)*3
@@ -126,7 +163,25 @@ def random_pipeline(
     gain:float=.02, # of the T-UNet's last layer
     **options, # of `random_parts`
 ): # `AudioLDM2Pipeline` of diffusers
-    "Let diffusers build and save an AudioLDM 2 with random weights"
+    """Let diffusers build and save an AudioLDM 2 with random weights
+
+    Parameters
+    ----------
+    folder : str|Path
+        where to save it; made when missing
+    size : str, default='tiny'
+        a key of `SIZES`
+    seed : int, default=0
+        of the weights
+    gain : float, default=.02
+        of the T-UNet's last layer
+    **options
+        of `random_parts`
+
+    Returns
+    -------
+    `AudioLDM2Pipeline` of diffusers
+    """
     from diffusers import AudioLDM2Pipeline
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -142,7 +197,18 @@ def random_pipeline(
 def read_schedule(
     path:str|Path, # folder of a pipeline; without a `scheduler` the published schedule is taken
 )->Schedule: # noise levels and kind of prediction
-    "Translate the scheduler's settings; `ValueError` names what this kit's DDIM does not do"
+    """Translate the scheduler's settings; `ValueError` names what this kit's DDIM does not do
+
+    Parameters
+    ----------
+    path : str|Path
+        folder of a pipeline; without a `scheduler` the published schedule is taken
+
+    Returns
+    -------
+    Schedule
+        noise levels and kind of prediction
+    """
     file = Path(path)/'scheduler'/'scheduler_config.json'
     if not file.is_file(): return Schedule.audioldm2()
     found = json.loads(file.read_text())
@@ -162,7 +228,20 @@ def with_heads(
     unet:UNet, # left as it is, shares its weights with the result
     head_layout:str, # 'official': heads 32 wide; 'diffusers': 8 heads on each level
 )->UNet: # the same weights, cut differently
-    "Read the same weights with the other layout of heads"
+    """Read the same weights with the other layout of heads
+
+    Parameters
+    ----------
+    unet : UNet
+        left as it is, shares its weights with the result
+    head_layout : str
+        'official': heads 32 wide; 'diffusers': 8 heads on each level
+
+    Returns
+    -------
+    UNet
+        the same weights, cut differently
+    """
     if head_layout not in ('official', 'diffusers'):
         raise ValueError(f"head_layout must be 'official' or 'diffusers', got {head_layout!r}")
     cfg = replace(unet.cfg, head_dim=32, num_heads=None if head_layout == 'official' else 8)
@@ -176,7 +255,22 @@ def text_states(
     texts:list, # of str; "" is allowed
     length:int|None=None, # tokens; None is the longest text
 )->tuple: # states `(B, L, D)`, mask `(B, L)` bool
-    "Encode texts, padded or (published tokenisers) cut to a wanted number of tokens"
+    """Encode texts, padded or (published tokenisers) cut to a wanted number of tokens
+
+    Parameters
+    ----------
+    t5
+        `T5` or `HFT5`
+    texts : list
+        of str; "" is allowed
+    length : int|None, default=None
+        tokens; None is the longest text
+
+    Returns
+    -------
+    tuple
+        states `(B, L, D)`, mask `(B, L)` bool
+    """
     if length is not None and isinstance(t5, HFT5): t5 = HFT5(t5.model, t5.tokenizer.tokenizer, length)
     states, mask = t5.encode(texts)
     more = max(0, (length or 0) - mask.shape[1])
@@ -186,7 +280,18 @@ def text_states(
 def find_pipeline(
     name:str|Path, # what a user asked for
 )->Path|None: # folder or file of a published system; None for the systems of this kit
-    "Tell a published system from one of ours: 'toy', 'mine', or a folder that `save_pretrained` wrote"
+    """Tell a published system from one of ours: 'toy', 'mine', or a folder that `save_pretrained` wrote
+
+    Parameters
+    ----------
+    name : str|Path
+        what a user asked for
+
+    Returns
+    -------
+    Path|None
+        folder or file of a published system; None for the systems of this kit
+    """
     if str(name).partition('/')[0] in ('toy', 'mine') or (Path(name)/'audioldm2').is_dir(): return None
     path = find_weights(name, 'audioldm2')
     if path.is_dir() and not (path/'model_index.json').is_file():
@@ -198,7 +303,22 @@ def read_pipeline(
     head_layout:str|None=None, # 'official' or 'diffusers'; None takes what the file says
     text_padding:str='compact', # 'compact' or 'batch', see `LOAConfig`
 )->dict: # `unet`, `loa`, `clap`, `t5`, `vae`, `vocoder`, `schedule`, `mel`, `clip_seconds`
-    "Build every piece of a published AudioLDM 2"
+    """Build every piece of a published AudioLDM 2
+
+    Parameters
+    ----------
+    path : Path
+        from `find_pipeline`
+    head_layout : str|None, default=None
+        'official' or 'diffusers'; None takes what the file says
+    text_padding : str, default='compact'
+        'compact' or 'batch', see `LOAConfig`
+
+    Returns
+    -------
+    dict
+        `unet`, `loa`, `clap`, `t5`, `vae`, `vocoder`, `schedule`, `mel`, `clip_seconds`
+    """
     kinds = dict(unet=UNet, loa=LOAModel, clap=HFCLAP, t5=HFT5, vae=VAE, vocoder=HifiGan)
     parts = {name: kind.from_pretrained(path) for name, kind in kinds.items()} | dict(schedule=read_schedule(path))
     frames = 256 if path.is_file() else json.loads((path/'unet'/'config.json').read_text())['sample_size']

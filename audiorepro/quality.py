@@ -33,7 +33,32 @@ def make_clips(
     batch_size:int=32, # clips at once
     captions:list|None=None, # other wordings of the same truths; None takes the set's own
 )->Tensor: # `(N, samples)`, as loud as they come: not limited to full scale
-    "Generate a clip for each caption of a set"
+    """Generate a clip for each caption of a set
+
+    Parameters
+    ----------
+    pipe : AudioLDM2
+        the system under test
+    toy : ToySet
+        captions, and sounds for the true LOA
+    seed : int
+        item i of the set gets `1000*seed + i`
+    truth : AudioMAE|None, default=None
+        with it, the true LOA replaces what GPT-2 says
+    guidance_scale : float, default=3.5
+        1 is no guidance
+    num_inference_steps : int, default=25
+        DDIM steps
+    batch_size : int, default=32
+        clips at once
+    captions : list|None, default=None
+        other wordings of the same truths; None takes the set's own
+
+    Returns
+    -------
+    Tensor
+        `(N, samples)`, as loud as they come: not limited to full scale
+    """
     wavs, captions = [], captions or toy.captions
     for i in tqdm(range(0, len(toy), batch_size), desc=f'seed {seed}', leave=False):
         texts, fbank = captions[i:i + batch_size], toy.fbank[i:i + batch_size, None].float()
@@ -55,7 +80,26 @@ def examine(
     scorer:CLAP, # the CLAP that nothing was trained against
     captions:list|None=None, # for the text score; None takes the set's own
 )->dict: # `answers` of `judge_answers`, `text` `(N,)`, `features` `(N, D)`, `silent`, `clipped`
-    "Everything that is heard in a set of clips"
+    """Everything that is heard in a set of clips
+
+    Parameters
+    ----------
+    wavs : Tensor
+        `(N, samples)`
+    toy : ToySet
+        what the clips should hold
+    judge : Judge
+        hears events, attributes, order
+    scorer : CLAP
+        the CLAP that nothing was trained against
+    captions : list|None, default=None
+        for the text score; None takes the set's own
+
+    Returns
+    -------
+    dict
+        `answers` of `judge_answers`, `text` `(N,)`, `features` `(N, D)`, `silent`, `clipped`
+    """
     silent, clipped = count_faults(wavs)
     wavs = wavs*(.98/wavs.abs().amax(-1, keepdim=True).clamp(min=1e-8)).clamp(max=1.)
     with torch.no_grad():
@@ -68,7 +112,20 @@ def share_row(
     exams:list, # results of `examine`, one per sampling seed, of the same captions
     key:str, # measure
 )->dict|None: # value, low, high, n (clips with an answer), chance, majority; None when nobody was asked
-    "Share of right answers with its 95% interval"
+    """Share of right answers with its 95% interval
+
+    Parameters
+    ----------
+    exams : list
+        results of `examine`, one per sampling seed, of the same captions
+    key : str
+        measure
+
+    Returns
+    -------
+    dict|None
+        value, low, high, n (clips with an answer), chance, majority; None when nobody was asked
+    """
     rows = [e['answers'].get(key, []) for e in exams]
     if not any(rows): return None
     values = np.full((len(rows), 1 + max(r[0] for seed in rows for r in seed)), np.nan)
@@ -89,7 +146,24 @@ def distance_row(
     other:Tensor, # `(N, D)` features of other real clips, as many
     resamples:int=100, # of the interval
 )->dict: # value, low, high, floor, infinity, n
-    "Frechet distance to other real clips, its 95% interval, the floor, and the estimate for endless clips"
+    """Frechet distance to other real clips, its 95% interval, the floor, and the estimate for endless clips
+
+    Parameters
+    ----------
+    exams : list
+        results of `examine`, one per sampling seed
+    own : Tensor
+        `(N, D)` features of the real clips of the same captions
+    other : Tensor
+        `(N, D)` features of other real clips, as many
+    resamples : int, default=100
+        of the interval
+
+    Returns
+    -------
+    dict
+        value, low, high, floor, infinity, n
+    """
     made = [np.asarray(e['features'], np.float64) for e in exams]
     own, other = (np.asarray(x, np.float64) for x in (own, other))
     value = float(np.mean([frechet_from_features(x, other) for x in made]))
@@ -103,7 +177,22 @@ def report(
     own:Tensor, # see `distance_row`
     other:Tensor, # see `distance_row`
 )->dict: # measure -> row
-    "All measures of one system on one set of captions"
+    """All measures of one system on one set of captions
+
+    Parameters
+    ----------
+    exams : list
+        results of `examine`, one per sampling seed
+    own : Tensor
+        see `distance_row`
+    other : Tensor
+        see `distance_row`
+
+    Returns
+    -------
+    dict
+        measure -> row
+    """
     keys = (*CHOICES, 'single_strict', 'then_strict', 'while_strict', 'three_strict', 'phonemes')
     rows = {k: row for k in keys if (row := share_row(exams, k))}
     text = np.stack([np.asarray(e['text']) for e in exams])

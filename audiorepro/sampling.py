@@ -21,7 +21,22 @@ def ddim_table(
     num_inference_steps:int, # steps to take
     eta:float=0., # 0: no fresh noise; 1: as much as DDPM
 )->list[tuple]: # rows (t, factor of `z_t`, factor of the prediction, factor of fresh noise)
-    "All of DDIM as three numbers per step (Song, Meng and Ermon, 2021, eq. 12 and 16)"
+    """All of DDIM as three numbers per step (Song, Meng and Ermon, 2021, eq. 12 and 16)
+
+    Parameters
+    ----------
+    schedule : Schedule
+        noise levels and kind of prediction
+    num_inference_steps : int
+        steps to take
+    eta : float, default=0.
+        0: no fresh noise; 1: as much as DDPM
+
+    Returns
+    -------
+    list[tuple]
+        rows (t, factor of `z_t`, factor of the prediction, factor of fresh noise)
+    """
     if not 0 <= eta <= 1: raise ValueError(f"eta must lie in 0..1, got {eta}")
     steps = inference_timesteps(num_inference_steps, schedule.num_train_timesteps, schedule.steps_offset)
     gap, bars, rows = schedule.num_train_timesteps//num_inference_steps, schedule.alpha_bar.double().tolist(), []
@@ -52,7 +67,15 @@ def _combine(a, b, sizes, join):
 # %% ../nbs/41_sampling.ipynb #614ccbf9
 @dataclass(frozen=True, eq=False)
 class Condition:
-    "All that a generator may look at: sequences to attend to, and optionally one vector"
+    """All that a generator may look at: sequences to attend to, and optionally one vector
+
+    Parameters
+    ----------
+    contexts : tuple
+        of `(states (B, L, D), mask (B, L) bool, True = real)`; a mask of None means all real
+    pooled : Tensor|None, default=None
+        `(B, D)` vector that joins the time embedding
+    """
     contexts:tuple           # of `(states (B, L, D), mask (B, L) bool, True = real)`; a mask of None means all real
     pooled:Tensor|None=None  # `(B, D)` vector that joins the time embedding
 
@@ -98,7 +121,26 @@ def drop_condition(
     per:str='batch', # 'batch': one coin for all, as in the released code; 'item': one coin each
     generator:torch.Generator|None=None, # tosses the coins
 )->Condition: # of B items
-    "Replace by the empty condition at random, all contexts together (AudioLDM 2, sec. III-D2)"
+    """Replace by the empty condition at random, all contexts together (AudioLDM 2, sec. III-D2)
+
+    Parameters
+    ----------
+    cond : Condition
+        of B items
+    p : float
+        probability, 0 .. 1
+    null : Condition
+        the empty condition, of one item or of B
+    per : str, default='batch'
+        'batch': one coin for all, as in the released code; 'item': one coin each
+    generator : torch.Generator|None, default=None
+        tosses the coins
+
+    Returns
+    -------
+    Condition
+        of B items
+    """
     if per not in ('batch', 'item'): raise ValueError(f"per must be 'batch' or 'item', got {per!r}")
     n, device = len(cond), generator.device if generator else 'cpu'
     coin = torch.rand(1 if per == 'batch' else n, generator=generator, device=device) < p
@@ -113,7 +155,24 @@ def drop_one(
     null:Condition, # the empty condition, of one item or of B
     generator:torch.Generator, # two coins a batch
 )->Condition: # with at most one context replaced
-    "Empty one context of the whole batch, each as likely: ours, so that none is ignored"
+    """Empty one context of the whole batch, each as likely: ours, so that none is ignored
+
+    Parameters
+    ----------
+    cond : Condition
+        of B items
+    p : float
+        probability that one context is emptied
+    null : Condition
+        the empty condition, of one item or of B
+    generator : torch.Generator
+        two coins a batch
+
+    Returns
+    -------
+    Condition
+        with at most one context replaced
+    """
     coin, which = torch.rand(2, generator=generator).tolist()
     k = int(which*len(cond.contexts))
     if coin >= p or len(cond.contexts) < 2: return cond
@@ -125,7 +184,22 @@ def apply_cfg(
     c:Tensor, # `(B, ...)` prediction with it
     guidance_scale:float, # 0: unconditional, 1: conditional, above 1: exaggerated
 )->Tensor: # `(B, ...)` guided prediction
-    "Go from the unconditional prediction to the conditional one and beyond (AudioLDM 2, eq. 8 corrected)"
+    """Go from the unconditional prediction to the conditional one and beyond (AudioLDM 2, eq. 8 corrected)
+
+    Parameters
+    ----------
+    u : Tensor
+        `(B, ...)` prediction without the condition
+    c : Tensor
+        `(B, ...)` prediction with it
+    guidance_scale : float
+        0: unconditional, 1: conditional, above 1: exaggerated
+
+    Returns
+    -------
+    Tensor
+        `(B, ...)` guided prediction
+    """
     return u + guidance_scale*(c - u)
 
 def rescale_guided(
@@ -133,7 +207,22 @@ def rescale_guided(
     c:Tensor, # `(B, ...)` conditional prediction
     rescale:float, # 0: leave it, 1: give it the spread of `c`
 )->Tensor: # `(B, ...)`
-    "Take back the contrast that guidance adds, item by item (Lin et al. 2024, sec. 3.4, eq. 15 and 16)"
+    """Take back the contrast that guidance adds, item by item (Lin et al. 2024, sec. 3.4, eq. 15 and 16)
+
+    Parameters
+    ----------
+    pred : Tensor
+        `(B, ...)` guided prediction
+    c : Tensor
+        `(B, ...)` conditional prediction
+    rescale : float
+        0: leave it, 1: give it the spread of `c`
+
+    Returns
+    -------
+    Tensor
+        `(B, ...)`
+    """
     axes = tuple(range(1, pred.ndim))
     return pred*(1 - rescale + rescale*c.std(axes, keepdim=True)/pred.std(axes, keepdim=True))
 
@@ -148,7 +237,32 @@ def guided(
     both:Condition|None=None, # `uncond` and `cond` already stacked, so that a loop stacks them once
     rescale:float=0., # see `rescale_guided`
 )->Tensor: # `(B, ...)` prediction
-    "One batched call of the denoiser for both branches of guidance"
+    """One batched call of the denoiser for both branches of guidance
+
+    Parameters
+    ----------
+    denoiser
+        `f(z_t, t, cond)`
+    z_t : Tensor
+        `(B, ...)` noisy latents
+    t : Tensor
+        `(B,)` int64, 0-based step
+    cond : Condition|None
+        what is asked for
+    uncond : Condition|None, default=None
+        empty condition, of one item or of B
+    scale : float, default=1.
+        guidance scale; 1 asks the denoiser once, without `uncond`
+    both : Condition|None, default=None
+        `uncond` and `cond` already stacked, so that a loop stacks them once
+    rescale : float, default=0.
+        see `rescale_guided`
+
+    Returns
+    -------
+    Tensor
+        `(B, ...)` prediction
+    """
     if scale == 1: return denoiser(z_t, t, cond)
     both = stack_branches(cond, uncond, scale, len(z_t)) if both is None else both
     u, c = denoiser(torch.cat([z_t, z_t]), torch.cat([t, t]), both).chunk(2)
@@ -161,7 +275,24 @@ def stack_branches(
     scale:float, # guidance scale
     n:int, # batch size
 )->Condition|None: # 2n items, the empty ones first; None when there is nothing to guide
-    "Prepare the condition of a batched call for both branches"
+    """Prepare the condition of a batched call for both branches
+
+    Parameters
+    ----------
+    cond : Condition|None
+        what is asked for
+    uncond : Condition|None
+        empty condition
+    scale : float
+        guidance scale
+    n : int
+        batch size
+
+    Returns
+    -------
+    Condition|None
+        2n items, the empty ones first; None when there is nothing to guide
+    """
     if scale == 1: return None
     missing = [name for name, c in (('cond', cond), ('uncond', uncond)) if c is None]
     if missing: raise ValueError(f"guidance_scale={scale} needs cond and uncond, got no {' and no '.join(missing)}")
@@ -186,7 +317,44 @@ def sample_ddim(
     progress:bool=False, # show a bar
     device:str|torch.device|None=None, # where to work; default: where `latents`, `cond` or the generator live
 )->Tensor: # `(B, ...)` samples
-    "Walk from noise to data along a table of coefficients (AudioLDM 2, sec. IV-E)"
+    """Walk from noise to data along a table of coefficients (AudioLDM 2, sec. IV-E)
+
+    Parameters
+    ----------
+    denoiser
+        `f(z_t, t, cond)`
+    shape : tuple
+        `(B, ...)` of the latents to make
+    schedule : Schedule
+        noise levels and kind of prediction
+    num_inference_steps : int, default=200
+        steps to take; AudioLDM 2 takes 200
+    cond : Condition|None, default=None
+        what is asked for
+    guidance_scale : float, default=1.
+        1 = no guidance; AudioLDM 2 takes 3.5
+    guidance_rescale : float, default=0.
+        see `rescale_guided`; 0 as published
+    eta : float, default=0.
+        0: the starting noise decides everything; 1: fresh noise at each step
+    generator : torch.Generator|list|None, default=None
+        one, or one per item: then a batch equals its items
+    uncond : Condition|None, default=None
+        empty condition, of one item or of B
+    latents : Tensor|None, default=None
+        starting noise
+    callback : default=None
+        called as `callback(i, t, z_t)` after each step
+    progress : bool, default=False
+        show a bar
+    device : str|torch.device|None, default=None
+        where to work; default: where `latents`, `cond` or the generator live
+
+    Returns
+    -------
+    Tensor
+        `(B, ...)` samples
+    """
     if not 0 <= guidance_rescale <= 1: raise ValueError(f"guidance_rescale must lie in 0..1, got {guidance_rescale}")
     if device is None and latents is None and cond is not None and cond.contexts: device = cond.contexts[0][0].device
     z_t, rows = start_noise(shape, latents, generator, device), ddim_table(schedule, num_inference_steps, eta)

@@ -25,7 +25,47 @@ UNITS = ('clip', 'training seed')
 
 @dataclass(frozen=True)
 class ScoreCard(Config):
-    "One number with all that it depends on"
+    """One number with all that it depends on
+
+    Parameters
+    ----------
+    measure : str
+        what is measured, with its direction where it has one
+    value : float
+        the number
+    low : float
+        lower end of the 95% interval
+    high : float
+        upper end
+    n : int
+        units that the number rests on
+    unit : str
+        of `n` and of the interval: 'clip' or 'training seed'
+    back_end : str
+        name of the network that listened
+    back_end_hash : str
+        of its weights, see `weights_hash`
+    sample_rate : int
+        Hz, of the clips as it heard them
+    real_ids : str|None
+        `ids_hash` of the real clips: reference, or those whose captions were asked for
+    made_ids : str|None, default=None
+        `ids_hash` of the captions' own clips; None = the set is real
+    floor : float|None, default=None
+        the same measure, real against other real clips of the same number
+    infinity : float|None, default=None
+        Frechet distance read at 1/n = 0
+    silent : int, default=0
+        clips below -60 dB, see `count_faults`
+    clipped : int, default=0
+        clips that touch full scale
+    candidates : int, default=1
+        clips made per caption, of which the best was kept
+    seeds : tuple[int, ...], default=()
+        of sampling, or of training where that is the unit
+    versions : dict, default=field(default_factory=dict)
+        of the libraries
+    """
     measure:str                  # what is measured, with its direction where it has one
     value:float                  # the number
     low:float                    # lower end of the 95% interval
@@ -61,7 +101,18 @@ class ScoreCard(Config):
 def weights_hash(
     model, # network with a `state_dict`, or a wrapper whose `model` has one
 )->str: # 12 hex digits: the same names, types, shapes and numbers give the same hash
-    "Tell weights apart"
+    """Tell weights apart
+
+    Parameters
+    ----------
+    model
+        network with a `state_dict`, or a wrapper whose `model` has one
+
+    Returns
+    -------
+    str
+        12 hex digits: the same names, types, shapes and numbers give the same hash
+    """
     owner = model if hasattr(model, 'state_dict') else getattr(model, 'model', None)
     if not hasattr(owner, 'state_dict'): raise ValueError(f"model must have a state_dict, got {type(model).__name__}")
     key = hashlib.sha256()
@@ -73,7 +124,18 @@ def weights_hash(
 def ids_hash(
     ids, # names of the clips, each once, in any order
 )->str: # 12 hex digits
-    "Tell sets of clips apart, whatever their order"
+    """Tell sets of clips apart, whatever their order
+
+    Parameters
+    ----------
+    ids
+        names of the clips, each once, in any order
+
+    Returns
+    -------
+    str
+        12 hex digits
+    """
     ids = sorted(map(str, ids))
     if not ids: raise ValueError("ids must hold at least one name, got none")
     if twice := [a for a, b in zip(ids, ids[1:]) if a == b]: raise ValueError(f"ids must differ, got {twice[0]} twice")
@@ -82,7 +144,18 @@ def ids_hash(
 def count_faults(
     wavs:Tensor, # `(N, samples)`, full scale is 1
 )->tuple: # (silent, clipped): clips with an rms below -60 dB of full scale; with any sample at |x| >= .999
-    "Count clips that are silent and clips that touch full scale: both can score well"
+    """Count clips that are silent and clips that touch full scale: both can score well
+
+    Parameters
+    ----------
+    wavs : Tensor
+        `(N, samples)`, full scale is 1
+
+    Returns
+    -------
+    tuple
+        (silent, clipped): clips with an rms below -60 dB of full scale; with any sample at |x| >= .999
+    """
     return int((level_db(wavs) < -60).sum()), int((wavs.abs().amax(-1) >= .999).sum())
 
 # %% ../nbs/25_scores.ipynb #5854183a
@@ -97,7 +170,24 @@ def distance_interval(
     value:float, # the measured distance
     resamples:int=100, # repetitions
 )->tuple[float, float]: # lower and upper end, 95%
-    "Spread of resampled Frechet distances around `value`; each resample takes one of the sampling seeds"
+    """Spread of resampled Frechet distances around `value`; each resample takes one of the sampling seeds
+
+    Parameters
+    ----------
+    made : list
+        of `(N, D)` features of made clips, one per sampling seed
+    real
+        `(N, D)` features of real clips
+    value : float
+        the measured distance
+    resamples : int, default=100
+        repetitions
+
+    Returns
+    -------
+    tuple[float, float]
+        lower and upper end, 95%
+    """
     rng, n = np.random.default_rng(0), len(real)
     def draw(x): return x[rng.integers(n, size=n)]
     found = [frechet_from_features(draw(real), draw(made[rng.integers(len(made))])) for _ in range(resamples)]
@@ -130,7 +220,38 @@ def distance_card(
     seeds:tuple=(0,), # of sampling, one for each set in `made`
     resamples:int=100, # of the interval
 )->ScoreCard: # Frechet distance, lower is better, with floor and Frechet-infinity
-    "Measure how far a crowd of made clips is from real ones"
+    """Measure how far a crowd of made clips is from real ones
+
+    Parameters
+    ----------
+    back_end
+        network: `features(wavs)` -> `(N, D)`
+    made
+        `(N, samples)` made clips, or a list of such, one per sampling seed
+    real : Tensor
+        `(N, samples)` reference: other clips than those whose captions were spoken
+    other : Tensor
+        `(N, samples)` second real set, for the floor
+    made_ids
+        names of the clips whose captions were spoken
+    real_ids
+        names of the reference clips
+    other_ids
+        names of the second real set; it may be the captions' own clips
+    sample_rate : int, default=16_000
+        Hz
+    candidates : int, default=1
+        clips made per caption, of which the best was kept
+    seeds : tuple, default=(0,)
+        of sampling, one for each set in `made`
+    resamples : int, default=100
+        of the interval
+
+    Returns
+    -------
+    ScoreCard
+        Frechet distance, lower is better, with floor and Frechet-infinity
+    """
     made = [made] if isinstance(made, Tensor) else list(made)
     if len(made) != len(seeds): raise ValueError(f"seeds must name {len(made)} sets of made clips, got {seeds}")
     _check_reference(made_ids, real_ids, other_ids, [len(x) for x in (*made, real, other)])
@@ -149,7 +270,20 @@ def wilson_interval(
     k:int, # right answers
     n:int, # all answers, at least 1
 )->tuple[float, float]: # lower and upper end, 95%
-    "Interval of a share that stays honest for few answers and for shares of 0 and 1 (Wilson, 1927)"
+    """Interval of a share that stays honest for few answers and for shares of 0 and 1 (Wilson, 1927)
+
+    Parameters
+    ----------
+    k : int
+        right answers
+    n : int
+        all answers, at least 1
+
+    Returns
+    -------
+    tuple[float, float]
+        lower and upper end, 95%
+    """
     from scipy.stats import binomtest
     if n < 1 or not 0 <= k <= n: raise ValueError(f"k must lie in 0..n and n be at least 1, got k={k}, n={n}")
     found = binomtest(k, n).proportion_ci(method='wilson')
@@ -175,7 +309,36 @@ def share_card(
     sample_rate:int=16_000, # Hz
     candidates:int=1, # clips made per caption, of which the best was kept
 )->ScoreCard: # share of right answers
-    "Put a share of right answers on a card"
+    """Put a share of right answers on a card
+
+    Parameters
+    ----------
+    values
+        `(S, N)` answers of S seeds to N captions, 0 .. 1; NaN = was not asked
+    measure : str
+        what was asked
+    back_end
+        network that gave the answers
+    ids
+        names of the N clips whose captions were asked for
+    seeds : tuple, default=(0,)
+        the S seeds
+    unit : str, default='clip'
+        'clip': seeds of sampling; 'training seed': one row for each training
+    is_real : bool, default=False
+        the clips are real ones, not made
+    faults : tuple, default=(0, 0)
+        of `count_faults`
+    sample_rate : int, default=16_000
+        Hz
+    candidates : int, default=1
+        clips made per caption, of which the best was kept
+
+    Returns
+    -------
+    ScoreCard
+        share of right answers
+    """
     values, ids = np.atleast_2d(np.asarray(values, np.float64)), list(ids)
     if values.shape != (len(seeds), len(ids)):
         raise ValueError(f"values must be (seeds, ids) = ({len(seeds)}, {len(ids)}), got shape {values.shape}")
@@ -195,7 +358,20 @@ def compare(
     a:ScoreCard, # one system
     b:ScoreCard, # another
 )->float: # value of `a` minus value of `b`
-    "Subtract two cards of the same kind; `ValueError` names the first field that differs"
+    """Subtract two cards of the same kind; `ValueError` names the first field that differs
+
+    Parameters
+    ----------
+    a : ScoreCard
+        one system
+    b : ScoreCard
+        another
+
+    Returns
+    -------
+    float
+        value of `a` minus value of `b`
+    """
     for name in KIND:
         x, y = getattr(a, name), getattr(b, name)
         if x != y: raise ValueError(f"{name} differs, {x!r} and {y!r}: these cards cannot be compared")
@@ -208,7 +384,17 @@ def _demand(owner, rules):
 
 @dataclass(frozen=True)
 class Arm(Config):
-    "One side of a comparison: a function that trains, measures and returns a number"
+    """One side of a comparison: a function that trains, measures and returns a number
+
+    Parameters
+    ----------
+    name : str
+        in tables and results
+    run : str
+        'module:function'; called with `kwargs` and `seed`
+    kwargs : dict, default=field(default_factory=dict)
+        its other arguments
+    """
     name:str   # in tables and results
     run:str    # 'module:function'; called with `kwargs` and `seed`
     kwargs:dict=field(default_factory=dict)  # its other arguments
@@ -220,7 +406,35 @@ class Arm(Config):
 # %% ../nbs/25_scores.ipynb #b52d85de
 @dataclass(frozen=True)
 class Claim(Config):
-    "What a paper says, and how it is tested"
+    """What a paper says, and how it is tested
+
+    Parameters
+    ----------
+    id : str
+        short and never reused
+    sentence : str
+        the claim in plain words
+    paper : str
+        title and arXiv number
+    place : str
+        figure, table, section
+    measure : str
+        what the arms return
+    arms : tuple[Arm, ...]
+        two, or more in order for 'rise'
+    direction : int
+        1: the first arm (or the last, for 'rise') is higher; -1: it is lower
+    seeds : int
+        training seeds 0, 1, ... of each arm
+    minutes : float
+        guess for one run
+    smallest_effect : float, default=0.
+        that would matter
+    margin : float|None, default=None
+        instead of it: a loss that is still "not worse"
+    statistic : str, default='difference'
+        or 'rise': smallest relative step between neighbouring arms
+    """
     id:str                       # short and never reused
     sentence:str                 # the claim in plain words
     paper:str                    # title and arXiv number
@@ -249,7 +463,13 @@ class Claim(Config):
 
     @property
     def key(self)->str: # 12 hex digits
-        "Hash of the registered text, the guess of the cost apart: results belong to one registration"
+        """Hash of the registered text, the guess of the cost apart: results belong to one registration
+
+        Returns
+        -------
+        str
+            12 hex digits
+        """
         text = self.to_dict() | dict(minutes=None)
         return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -257,7 +477,18 @@ class Claim(Config):
 def load_claims(
     path:str|Path, # JSON file with a list of claims
 )->list[Claim]: # in the order of the file
-    "Read registered claims; `ValueError` names file, claim and field"
+    """Read registered claims; `ValueError` names file, claim and field
+
+    Parameters
+    ----------
+    path : str|Path
+        JSON file with a list of claims
+
+    Returns
+    -------
+    list[Claim]
+        in the order of the file
+    """
     if not Path(path).exists(): raise ValueError(f"{path} does not exist")
     try: found = json.loads(Path(path).read_text())
     except ValueError as e: raise ValueError(f"{path}: not JSON ({e})") from e
@@ -288,7 +519,20 @@ def verdict(
     claim:Claim, # registered
     rows:list, # of `read_runs`
 )->dict: # `verdict`, `mean`, `low`, `high` of the effect, `n` seeds
-    "Judge a claim by its rule: agrees, disagrees, inconclusive or not run"
+    """Judge a claim by its rule: agrees, disagrees, inconclusive or not run
+
+    Parameters
+    ----------
+    claim : Claim
+        registered
+    rows : list
+        of `read_runs`
+
+    Returns
+    -------
+    dict
+        `verdict`, `mean`, `low`, `high` of the effect, `n` seeds
+    """
     values = _values(claim, rows)
     done = int((~np.isnan(values)).all(0).sum())
     if done < claim.seeds: return dict(verdict='not run', mean=None, low=None, high=None, n=done)
@@ -304,7 +548,18 @@ def verdict(
 def chance_agreements(
     claims:list, # registered claims
 )->float: # at most
-    "Count how many claims would agree if no arm differed: the interval excludes 0 on the claimed side in .025 of them"
+    """Count how many claims would agree if no arm differed: the interval excludes 0 on the claimed side in .025 of them
+
+    Parameters
+    ----------
+    claims : list
+        registered claims
+
+    Returns
+    -------
+    float
+        at most
+    """
     return .025*len(claims)
 
 # %% ../nbs/25_scores.ipynb #72e6b924
@@ -325,7 +580,18 @@ def _whole_lines(path):
 def read_runs(
     path:str|Path, # JSON lines; a missing file holds no results
 )->list[dict]: # in the order they were made
-    "Read stored results; a torn last line is ignored, any other damage is a `ValueError` with its line"
+    """Read stored results; a torn last line is ignored, any other damage is a `ValueError` with its line
+
+    Parameters
+    ----------
+    path : str|Path
+        JSON lines; a missing file holds no results
+
+    Returns
+    -------
+    list[dict]
+        in the order they were made
+    """
     return _whole_lines(Path(path))[0]
 
 def _append(path, row):
@@ -366,7 +632,22 @@ def run_claims(
     path:str|Path, # JSON lines of results, appended to
     minutes:float|None=None, # no run begins after that time; None = until all is done
 )->int: # runs made
-    "Run what is missing, one (claim, arm, seed) at a time; may be killed at any moment and called again"
+    """Run what is missing, one (claim, arm, seed) at a time; may be killed at any moment and called again
+
+    Parameters
+    ----------
+    claims : list
+        registered claims
+    path : str|Path
+        JSON lines of results, appended to
+    minutes : float|None, default=None
+        no run begins after that time; None = until all is done
+
+    Returns
+    -------
+    int
+        runs made
+    """
     path, start, made = Path(path), time.time(), 0
     for c in claims:
         if old := sum(r['claim'] == c.id and r['registered'] != c.key for r in read_runs(path)):
@@ -388,7 +669,20 @@ def claims_table(
     claims:list, # registered claims
     rows:list, # of `read_runs`
 )->str: # a line for each claim, and what chance alone would give
-    "Draw the verdicts from the stored results"
+    """Draw the verdicts from the stored results
+
+    Parameters
+    ----------
+    claims : list
+        registered claims
+    rows : list
+        of `read_runs`
+
+    Returns
+    -------
+    str
+        a line for each claim, and what chance alone would give
+    """
     lines = [f"{'claim':6}{'verdict':14}{'effect [95% interval]':28}{'needed':>8}{'seeds':>7}"]
     for c in claims:
         v = verdict(c, rows)

@@ -130,7 +130,22 @@ def caption(
     rng:np.random.Generator, # chooses the words
     book:str='train', # phrase book: 'train', or 'test' (sentences that training never uses)
 )->str: # lower case; the only punctuation is the comma
-    "Say what a record holds, mentioning exactly the attributes in `asked`"
+    """Say what a record holds, mentioning exactly the attributes in `asked`
+
+    Parameters
+    ----------
+    meta : dict
+        truth of a record with its `asked`
+    rng : np.random.Generator
+        chooses the words
+    book : str, default='train'
+        phrase book: 'train', or 'test' (sentences that training never uses)
+
+    Returns
+    -------
+    str
+        lower case; the only punctuation is the comma
+    """
     if book not in _BOOKS: raise ValueError(f"book must be one of {tuple(_BOOKS)}, got {book!r}")
     if meta['family'] == 'melody': return _say_melody(meta, rng, book)
     if meta['family'] == 'speech': return _say_speech(meta, rng, book)
@@ -145,7 +160,13 @@ def caption(
 
 # %% ../nbs/11_sounds.ipynb #19874c2c
 def vocabulary()->tuple: # sorted words, lower case, without punctuation
-    "List every word that a caption can hold"
+    """List every word that a caption can hold
+
+    Returns
+    -------
+    tuple
+        sorted words, lower case, without punctuation
+    """
     parts = [*(t for templates in _BOOKS['train'].values() for t in templates), *_PITCH_PHRASE, *_MODE_PHRASE,
              *_REGISTER_PHRASE, 'a an there are']
     for clauses, phrases, _ in _WORDS.values(): parts += [' '.join(c) for c in clauses + phrases]
@@ -159,7 +180,18 @@ def _said_values(asked, keys): return [asked[k] for k in keys if k in asked]
 def named(
     meta:dict, # truth of a record with its `asked`
 )->set: # of tuples such as ('then', 'dog', 'rain'), ('bell', 'low'), ('piano', 'fast', 'minor')
-    "List the combinations that the caption of a record names, whatever its words"
+    """List the combinations that the caption of a record names, whatever its words
+
+    Parameters
+    ----------
+    meta : dict
+        truth of a record with its `asked`
+
+    Returns
+    -------
+    set
+        of tuples such as ('then', 'dog', 'rain'), ('bell', 'low'), ('piano', 'fast', 'minor')
+    """
     if meta['speech']:
         p = meta['speech']['phonemes']
         words = [a + b for a, b in zip(p[::2], p[1::2])]
@@ -180,7 +212,13 @@ def _every_sixth(first, axes, i):
 
 @cache
 def heldout_combinations()->frozenset: # of tuples as in `named`
-    "All combinations that no training caption names"
+    """All combinations that no training caption names
+
+    Returns
+    -------
+    frozenset
+        of tuples as in `named`
+    """
     found, n = set(), len(EVENTS)
     for i, name in enumerate(EVENTS):
         axes = [ATTRIBUTES[k] for k in attributes_of(name)]
@@ -194,7 +232,18 @@ def heldout_combinations()->frozenset: # of tuples as in `named`
 def is_heldout(
     meta:dict, # truth of a record with its `asked`
 )->bool: # True when training never names one of its combinations
-    "Tell whether a caption says something that no training caption says"
+    """Tell whether a caption says something that no training caption says
+
+    Parameters
+    ----------
+    meta : dict
+        truth of a record with its `asked`
+
+    Returns
+    -------
+    bool
+        True when training never names one of its combinations
+    """
     return not named(meta).isdisjoint(heldout_combinations())
 
 # %% ../nbs/11_sounds.ipynb #a2420881
@@ -283,7 +332,18 @@ def _render(meta):
 def render(
     meta:dict, # truth of a record, also after a trip through JSON
 )->torch.Tensor: # `(40960,)` float32, 16 kHz
-    "Synthesise the sound of a record again, from its truth alone"
+    """Synthesise the sound of a record again, from its truth alone
+
+    Parameters
+    ----------
+    meta : dict
+        truth of a record, also after a trip through JSON
+
+    Returns
+    -------
+    torch.Tensor
+        `(40960,)` float32, 16 kHz
+    """
     return _render(deepcopy(meta))
 
 # %% ../nbs/11_sounds.ipynb #85b0f2f5
@@ -296,7 +356,26 @@ def make_record(
     kind:str|None=None, # of events: 'single', 'then', 'while', 'three'; None mixes them
     book:str='train', # phrase book of the caption: 'train' or 'test'
 )->Record: # sound, one caption, labels and the truth in `meta`
-    "Draw one record of the toy world"
+    """Draw one record of the toy world
+
+    Parameters
+    ----------
+    seed : int
+        0 or more; the same arguments give the same record, bit by bit
+    split : str, default='train'
+        'train', 'heldout' (captions that name what training never names) or 'all'
+    family : str|None, default=None
+        'event', 'melody', 'speech'; None mixes them
+    kind : str|None, default=None
+        of events: 'single', 'then', 'while', 'three'; None mixes them
+    book : str, default='train'
+        phrase book of the caption: 'train' or 'test'
+
+    Returns
+    -------
+    Record
+        sound, one caption, labels and the truth in `meta`
+    """
     for key, value, known in (('split', split, SPLITS), ('family', family, FAMILIES), ('kind', kind, KINDS),
                               ('book', book, BOOKS)):
         if value not in known: raise ValueError(f"{key} must be one of {known}, got {value!r}")
@@ -316,10 +395,37 @@ def make_records(
     kind:str|None=None, # see `make_record`
     book:str='train', # see `make_record`
 )->list: # of `Record`
-    "Draw many records; the first ones do not depend on `n`"
+    """Draw many records; the first ones do not depend on `n`
+
+    Parameters
+    ----------
+    n : int
+        number of records, below 2**24
+    split : str, default='train'
+        see `make_record`
+    seed : int, default=0
+        different seeds never share a record
+    family : str|None, default=None
+        see `make_record`
+    kind : str|None, default=None
+        see `make_record`
+    book : str, default='train'
+        see `make_record`
+
+    Returns
+    -------
+    list
+        of `Record`
+    """
     return [make_record((seed << 24) + i, split, family, kind, book) for i in range(n)]
 
 def thread()->Record: # 'a dog barks, then rain falls'
-    "The record that every lesson renders; its caption is `THREAD`"
+    """The record that every lesson renders; its caption is `THREAD`
+
+    Returns
+    -------
+    Record
+        'a dog barks, then rain falls'
+    """
     meta = deepcopy(_THREAD_TRUTH)
     return Record('thread', _render(meta), SAMPLE_RATE, (THREAD,), ('dog', 'rain'), meta)

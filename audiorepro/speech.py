@@ -36,7 +36,18 @@ _SHORT = dict(mrs='misess', mr='mister', dr='doctor', st='saint', co='company', 
 def clean_english(
     text:str, # English
 )->str: # plain letters, lower case, short forms written out, single spaces
-    "Prepare text for espeak"
+    """Prepare text for espeak
+
+    Parameters
+    ----------
+    text : str
+        English
+
+    Returns
+    -------
+    str
+        plain letters, lower case, short forms written out, single spaces
+    """
     text = unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode().lower()
     text = re.sub(r'\b(' + '|'.join(_SHORT) + r')\.', lambda m: _SHORT[m[1]], text)
     return re.sub(r'\s+', ' ', text).strip()
@@ -44,7 +55,18 @@ def clean_english(
 def english_phonemes(
     text:str, # English
 )->list: # symbols of the International Phonetic Alphabet, with stress and punctuation
-    "Ask espeak how a text is spoken; needs `phonemizer` and `espeakng-loader`"
+    """Ask espeak how a text is spoken; needs `phonemizer` and `espeakng-loader`
+
+    Parameters
+    ----------
+    text : str
+        English
+
+    Returns
+    -------
+    list
+        symbols of the International Phonetic Alphabet, with stress and punctuation
+    """
     try: from phonemizer import phonemize
     except ImportError as e:
         raise ImportError("English needs espeak: pip install phonemizer espeakng-loader") from e
@@ -60,7 +82,18 @@ def english_phonemes(
 def toy_phonemes(
     text:str, # syllables of the toy world, separated by spaces
 )->list: # phonemes
-    "Cut syllables into consonant and vowel"
+    """Cut syllables into consonant and vowel
+
+    Parameters
+    ----------
+    text : str
+        syllables of the toy world, separated by spaces
+
+    Returns
+    -------
+    list
+        phonemes
+    """
     words = text.lower().split()
     if unknown := [w for w in words if w not in SYLLABLES]:
         raise ValueError(f"text holds {', '.join(unknown)}; the toy world speaks {', '.join(SYLLABLES[:3])}, ...")
@@ -68,7 +101,15 @@ def toy_phonemes(
 
 # %% ../nbs/55_speech.ipynb #c7c6bb83
 class PhonemeTokenizer:
-    "Phonemes to numbers: 0 fills up, the last number of the alphabet ends a text"
+    """Phonemes to numbers: 0 fills up, the last number of the alphabet ends a text
+
+    Parameters
+    ----------
+    alphabet : str, default='vits'
+        a key of `ALPHABETS`
+    max_tokens : int, default=310
+        longest row, the stop symbol included
+    """
     def __init__(self,
         alphabet:str='vits', # a key of `ALPHABETS`
         max_tokens:int=310, # longest row, the stop symbol included
@@ -84,7 +125,18 @@ class PhonemeTokenizer:
     def ids(self,
         phonemes, # symbols, a list or a string
     )->list: # numbers, the stop symbol last
-        "Turn the phonemes of one text into numbers"
+        """Turn the phonemes of one text into numbers
+
+        Parameters
+        ----------
+        phonemes
+            symbols, a list or a string
+
+        Returns
+        -------
+        list
+            numbers, the stop symbol last
+        """
         if unknown := sorted({p for p in phonemes if p not in self.id}):
             warnings.warn(f"unknown phonemes are left out: {' '.join(unknown)}")
         return [self.id[p] for p in phonemes if p in self.id][:self.max_tokens - 1] + [self.stop]
@@ -92,14 +144,49 @@ class PhonemeTokenizer:
     def encode(self,
         texts:list, # texts, spelt
     )->tuple: # ids `(B, L)` int64, mask `(B, L)` bool
-        "Turn texts into a padded table of numbers and its mask"
+        """Turn texts into a padded table of numbers and its mask
+
+        Parameters
+        ----------
+        texts : list
+            texts, spelt
+
+        Returns
+        -------
+        tuple
+            ids `(B, L)` int64, mask `(B, L)` bool
+        """
         if isinstance(texts, str): raise ValueError("texts must be a list of str, got one str")
         return pad_ids([self.ids(self.to_phonemes(t)) for t in texts], self.pad)
 
 # %% ../nbs/55_speech.ipynb #c0e18268
 @dataclass(frozen=True)
 class PhonemeConfig(Config):
-    "Sizes of the phoneme encoder"
+    """Sizes of the phoneme encoder
+
+    Parameters
+    ----------
+    vocab_size : int, default=183
+        symbols
+    dim : int, default=192
+        width of a state
+    layers : int, default=6
+        blocks
+    heads : int, default=2
+        of the attention, dim/heads wide
+    ffn_dim : int, default=768
+        width inside the convolutions
+    kernel_size : int, default=3
+        symbols that a convolution sees
+    window : int, default=4
+        farthest neighbour with a position of its own
+    max_length : int, default=310
+        rows of the table of positions added at the end
+    dropout : float, default=.1
+        in training
+    alphabet : str, default=''
+        key of `ALPHABETS`; '' reads numbers only
+    """
     vocab_size:int=183     # symbols
     dim:int=192            # width of a state
     layers:int=6           # blocks
@@ -122,7 +209,19 @@ class PhonemeConfig(Config):
 
 # %% ../nbs/55_speech.ipynb #a5f87bb8
 class RelativeAttention(nn.Module):
-    "Self-attention with a vector for each offset up to `window` (Shaw et al. 2018, eq. 3 and 4)"
+    """Self-attention with a vector for each offset up to `window` (Shaw et al. 2018, eq. 3 and 4)
+
+    Parameters
+    ----------
+    dim : int
+        width
+    heads : int
+        number of heads
+    window : int
+        farthest offset with a vector of its own
+    dropout : float, default=0.
+        of the attention weights, in training
+    """
     def __init__(self,
         dim:int, # width
         heads:int, # number of heads
@@ -155,7 +254,13 @@ class RelativeAttention(nn.Module):
 
 # %% ../nbs/55_speech.ipynb #1c62b1be
 class PhonemeBlock(nn.Module):
-    "Relative attention and two convolutions, each added and then normalised"
+    """Relative attention and two convolutions, each added and then normalised
+
+    Parameters
+    ----------
+    cfg : PhonemeConfig
+        sizes
+    """
     def __init__(self,
         cfg:PhonemeConfig, # sizes
     ):
@@ -177,7 +282,13 @@ class PhonemeBlock(nn.Module):
 
 # %% ../nbs/55_speech.ipynb #ffdd346e
 class VitsTextEncoder(Model):
-    "Phonemes to states: the text encoder of VITS (Kim et al. 2021)"
+    """Phonemes to states: the text encoder of VITS (Kim et al. 2021)
+
+    Parameters
+    ----------
+    cfg : PhonemeConfig
+        sizes
+    """
     config_class, component = PhonemeConfig, 'phonemes'
     def __init__(self,
         cfg:PhonemeConfig, # sizes
@@ -192,7 +303,20 @@ class VitsTextEncoder(Model):
         ids:Tensor, # `(B, L)` int64
         mask:Tensor, # `(B, L)` bool, True = real
     )->Tensor: # `(B, L, dim)`, zero where nothing is real
-        "Read phonemes"
+        """Read phonemes
+
+        Parameters
+        ----------
+        ids : Tensor
+            `(B, L)` int64
+        mask : Tensor
+            `(B, L)` bool, True = real
+
+        Returns
+        -------
+        Tensor
+            `(B, L, dim)`, zero where nothing is real
+        """
         real = mask[..., None].to(self.embed.weight.dtype)
         x = self.embed(ids)*math.sqrt(self.cfg.dim)*real
         for block in self.blocks: x = block(x, mask, real)
@@ -204,7 +328,13 @@ class VitsTextEncoder(Model):
 
 # %% ../nbs/55_speech.ipynb #7303ccdb
 class PhonemeEncoder(VitsTextEncoder):
-    "Texts to states: VITS's encoder with positions added at the end (AudioLDM 2, sec. III-C)"
+    """Texts to states: VITS's encoder with positions added at the end (AudioLDM 2, sec. III-C)
+
+    Parameters
+    ----------
+    cfg : PhonemeConfig
+        sizes
+    """
     def __init__(self,
         cfg:PhonemeConfig, # sizes
     ):
@@ -216,7 +346,20 @@ class PhonemeEncoder(VitsTextEncoder):
         ids:Tensor, # `(B, L)` int64
         mask:Tensor, # `(B, L)` bool, True = real
     )->Tensor: # `(B, L, dim)`
-        "Encode phonemes"
+        """Encode phonemes
+
+        Parameters
+        ----------
+        ids : Tensor
+            `(B, L)` int64
+        mask : Tensor
+            `(B, L)` bool, True = real
+
+        Returns
+        -------
+        Tensor
+            `(B, L, dim)`
+        """
         if ids.shape[1] > self.cfg.max_length:
             raise ValueError(f"{ids.shape[1]} phonemes are more than max_length={self.cfg.max_length}")
         return self.encode_ids(ids, mask) + self.positions[:, :, :ids.shape[1]].transpose(1, 2)
@@ -224,7 +367,18 @@ class PhonemeEncoder(VitsTextEncoder):
     def encode(self,
         texts:list, # texts, spelt
     )->tuple: # states `(B, L, dim)` float, mask `(B, L)` bool
-        "Turn texts into one state per phoneme; gradients flow"
+        """Turn texts into one state per phoneme; gradients flow
+
+        Parameters
+        ----------
+        texts : list
+            texts, spelt
+
+        Returns
+        -------
+        tuple
+            states `(B, L, dim)` float, mask `(B, L)` bool
+        """
         if self.tokenizer is None: raise ValueError("cfg.alphabet is empty: this encoder reads ids, not texts")
         ids, mask = (x.to(self.device) for x in self.tokenizer.encode(texts))
         return self(ids, mask), mask
@@ -233,7 +387,17 @@ class PhonemeEncoder(VitsTextEncoder):
     def from_foreign(cls,
         path:Path, # folder of a `VitsModel`, a diffusers folder that has one, or an official speech checkpoint
     ): # in the layout of its file
-        "Read a published phoneme encoder"
+        """Read a published phoneme encoder
+
+        Parameters
+        ----------
+        path : Path
+            folder of a `VitsModel`, a diffusers folder that has one, or an official speech checkpoint
+
+        Returns
+        -------
+        in the layout of its file
+        """
         return load_phonemes(path)
 
 # %% ../nbs/55_speech.ipynb #f859d015
@@ -242,7 +406,18 @@ def _narrow(x): return x.squeeze(-1) if x.ndim == 3 else x
 def vits_state(
     state:dict, # tensors of transformers' `VitsModel` or of its text encoder
 )->dict: # tensors for `PhonemeEncoder`, without `positions`
-    "Names of transformers -> ours"
+    """Names of transformers -> ours
+
+    Parameters
+    ----------
+    state : dict
+        tensors of transformers' `VitsModel` or of its text encoder
+
+    Returns
+    -------
+    dict
+        tensors for `PhonemeEncoder`, without `positions`
+    """
     return map_keys(strip_to(state, 'embed_tokens.weight', 'VitsModel'), [
         (r'^embed_tokens', 'embed'), (r'^encoder\.layers', 'blocks'), (r'\.feed_forward\.', '.'),
         (r'attention\.([qkv])_proj', r'attn.to_\1'), (r'attention\.out_proj', 'attn.to_out'),
@@ -251,7 +426,18 @@ def vits_state(
 def official_phoneme_state(
     state:dict, # tensors of an official AudioLDM 2 speech checkpoint
 )->dict: # tensors for `PhonemeEncoder`
-    "Names of the official file -> ours"
+    """Names of the official file -> ours
+
+    Parameters
+    ----------
+    state : dict
+        tensors of an official AudioLDM 2 speech checkpoint
+
+    Returns
+    -------
+    dict
+        tensors for `PhonemeEncoder`
+    """
     return map_keys(strip_to(state, 'learnable_positional_embedding', 'checkpoint'), [
         (r'^learnable_positional_embedding', 'positions'), (r'^text_encoder\.', ''), (r'^emb\.', 'embed.'),
         (r'^proj\.', 'project.'), (r'^encoder\.attn_layers\.(\d+)\.conv_([qkv])', r'blocks.\1.attn.to_\2', _narrow),
@@ -268,7 +454,18 @@ _NAMES = dict(vocab_size='vocab_size', hidden_size='dim', window_size='window', 
 def load_phonemes(
     path:str|Path, # see `PhonemeEncoder.from_foreign`
 )->PhonemeEncoder: # in eval mode
-    "Build a phoneme encoder from a published layout"
+    """Build a phoneme encoder from a published layout
+
+    Parameters
+    ----------
+    path : str|Path
+        see `PhonemeEncoder.from_foreign`
+
+    Returns
+    -------
+    PhonemeEncoder
+        in eval mode
+    """
     config, state = read_foreign(path, 'text_encoder_2')
     if not config: cfg, found = PhonemeConfig.audioldm2_speech(), official_phoneme_state(state)
     else:

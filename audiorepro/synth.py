@@ -22,7 +22,18 @@ HAS_SPEED = ('siren', 'dog', 'clock', 'footsteps', 'bird', 'beeps', 'drum', 'str
 def attributes_of(
     name:str, # one of `EVENTS`
 )->tuple: # names out of pitch, speed, loudness
-    "List the attributes that an event can have"
+    """List the attributes that an event can have
+
+    Parameters
+    ----------
+    name : str
+        one of `EVENTS`
+
+    Returns
+    -------
+    tuple
+        names out of pitch, speed, loudness
+    """
     return ('pitch',)*(name in HAS_PITCH) + ('speed',)*(name in HAS_SPEED) + ('loudness',)
 
 # %% ../nbs/10a_synth.ipynb #592a7559
@@ -242,7 +253,30 @@ def render_event(
     rng:np.random.Generator, # all that is random about the sound
     marks:list|None=None, # collects the onsets in s: of each bark, tick or note; a steady sound has one, at 0
 )->np.ndarray: # `(samples,)` float64, 16 kHz, faded at both ends
-    "Synthesise one sound event"
+    """Synthesise one sound event
+
+    Parameters
+    ----------
+    name : str
+        one of `EVENTS`
+    pitch : str|None, default=None
+        'low', 'high'; None is the middle
+    speed : str|None, default=None
+        'slow', 'fast'; None is the middle
+    loudness : str|None, default=None
+        'quiet', 'loud'; None is the middle
+    duration : float, default=CLIP_SECONDS
+        s, at least 0.2
+    rng : np.random.Generator
+        all that is random about the sound
+    marks : list|None, default=None
+        collects the onsets in s: of each bark, tick or note; a steady sound has one, at 0
+
+    Returns
+    -------
+    np.ndarray
+        `(samples,)` float64, 16 kHz, faded at both ends
+    """
     if name not in _RENDER: raise ValueError(f"name must be one of {', '.join(EVENTS)}, got {name!r}")
     for key, value in dict(pitch=pitch, speed=speed, loudness=loudness).items():
         if value is not None and (value not in ATTRIBUTES[key] or key not in attributes_of(name)):
@@ -293,7 +327,30 @@ def render_melody(
     rng:np.random.Generator, # beginning, key, tune, level
     marks:list|None=None, # collects the onsets of the notes in s
 )->np.ndarray: # `(samples,)` float64, 16 kHz
-    "Play a tune that walks along the scale, each note above its soft tonic triad"
+    """Play a tune that walks along the scale, each note above its soft tonic triad
+
+    Parameters
+    ----------
+    instrument : str
+        one of `INSTRUMENTS`
+    tempo : str
+        one of `TEMPOS`
+    mode : str
+        one of `MODES`
+    register : str
+        one of `REGISTERS`
+    duration : float, default=CLIP_SECONDS
+        s, at least 2.4
+    rng : np.random.Generator
+        beginning, key, tune, level
+    marks : list|None, default=None
+        collects the onsets of the notes in s
+
+    Returns
+    -------
+    np.ndarray
+        `(samples,)` float64, 16 kHz
+    """
     for key, value, known in (('instrument', instrument, INSTRUMENTS), ('tempo', tempo, TEMPOS),
                               ('mode', mode, MODES), ('register', register, REGISTERS)):
         if value not in known: raise ValueError(f"{key} must be one of {known}, got {value!r}")
@@ -318,7 +375,24 @@ def render_speech(
     rng:np.random.Generator, # pitch contour and level
     marks:list|None=None, # collects the onsets of the phonemes in s
 )->np.ndarray: # `(samples,)` float64, 16 kHz; as long as the phonemes take
-    "Speak phonemes with three formants"
+    """Speak phonemes with three formants
+
+    Parameters
+    ----------
+    phonemes : list
+        symbols out of `PHONEMES`
+    speaker : str
+        'low' or 'high'
+    rng : np.random.Generator
+        pitch contour and level
+    marks : list|None, default=None
+        collects the onsets of the phonemes in s
+
+    Returns
+    -------
+    np.ndarray
+        `(samples,)` float64, 16 kHz; as long as the phonemes take
+    """
     if unknown := set(phonemes) - set(PHONEMES):
         raise ValueError(f"phonemes holds {sorted(unknown)}; known are {PHONEMES}")
     if speaker not in ('low', 'high'): raise ValueError(f"speaker must be 'low' or 'high', got {speaker!r}")

@@ -26,7 +26,41 @@ from .training import Recipe, TrainConfig
 # %% ../nbs/50_t5.ipynb #734d4961
 @dataclass(frozen=True)
 class T5Config(Config):
-    "Shape of a T5; field names as in the published config files where there is one"
+    """Shape of a T5; field names as in the published config files where there is one
+
+    Parameters
+    ----------
+    vocab_size : int, default=32_128
+        rows of the shared embedding
+    d_model : int, default=512
+        width
+    d_kv : int, default=64
+        width of a head
+    num_heads : int, default=6
+        heads
+    d_ff : int, default=1024
+        width inside the feed-forward layer
+    num_layers : int, default=8
+        encoder blocks
+    num_decoder_layers : int, default=8
+        decoder blocks; 0 = encoder only
+    buckets : int, default=32
+        relative distances that are told apart
+    max_distance : int, default=128
+        beyond it all distances look alike
+    eps : float, default=1e-6
+        inside the RMS norm
+    gated : bool, default=True
+        gated GELU (T5 1.1, FLAN) or ReLU (the first T5)
+    tied_head : bool, default=False
+        the decoder reads out with the shared embedding
+    init_embedding : float, default=1.
+        standard deviation of the embedding before training
+    init_bias : float, default=.03
+        the same of the table of relative positions
+    words : tuple, default=()
+        words of the toy tokeniser; published models bring their own
+    """
     vocab_size:int=32_128        # rows of the shared embedding
     d_model:int=512              # width
     d_kv:int=64                  # width of a head
@@ -66,7 +100,13 @@ class T5Config(Config):
     def from_transformers(cls,
         values:dict, # content of a published `config.json`
     ):
-        "Translate the config file of a published T5; the decoder is left out"
+        """Translate the config file of a published T5; the decoder is left out
+
+        Parameters
+        ----------
+        values : dict
+            content of a published `config.json`
+        """
         act = values.get('feed_forward_proj', 'relu')
         if act not in ('relu', 'gated-gelu'):
             raise ValueError(f"feed_forward_proj must be relu or gated-gelu, got {act!r}")
@@ -78,7 +118,15 @@ class T5Config(Config):
 
 # %% ../nbs/50_t5.ipynb #7a5224d4
 class RMSNorm(nn.Module):
-    "Scale to unit root mean square: no mean is removed, nothing is added"
+    """Scale to unit root mean square: no mean is removed, nothing is added
+
+    Parameters
+    ----------
+    dim : int
+        width
+    eps : float, default=1e-6
+        keeps the root away from zero
+    """
     def __init__(self,
         dim:int, # width
         eps:float=1e-6, # keeps the root away from zero
@@ -98,7 +146,26 @@ def relative_buckets(
     buckets:int=32, # number of buckets
     max_distance:int=128, # from here on one bucket
 )->Tensor: # `(length_q, length_k)` int64, bucket of key position minus query position
-    "Sort relative distances: exact when short, logarithmic when long (Raffel et al. 2020, sec. 2.1)"
+    """Sort relative distances: exact when short, logarithmic when long (Raffel et al. 2020, sec. 2.1)
+
+    Parameters
+    ----------
+    length_q : int
+        number of queries
+    length_k : int
+        number of keys
+    two_sided : bool, default=True
+        the encoder looks both ways, the decoder only back
+    buckets : int, default=32
+        number of buckets
+    max_distance : int, default=128
+        from here on one bucket
+
+    Returns
+    -------
+    Tensor
+        `(length_q, length_k)` int64, bucket of key position minus query position
+    """
     distance = torch.arange(length_k)[None] - torch.arange(length_q)[:, None]
     side = torch.zeros_like(distance)
     if two_sided:
@@ -112,7 +179,15 @@ def relative_buckets(
 
 # %% ../nbs/50_t5.ipynb #023db518
 class T5Attention(nn.Module):
-    "Multi-head attention without `1/sqrt(d)` and without biases; an optional table adds a number per head and distance"
+    """Multi-head attention without `1/sqrt(d)` and without biases; an optional table adds a number per head and distance
+
+    Parameters
+    ----------
+    cfg : T5Config
+        shape
+    has_table : bool, default=False
+        holds the table of relative positions
+    """
     def __init__(self,
         cfg:T5Config, # shape
         has_table:bool=False, # holds the table of relative positions
@@ -163,7 +238,15 @@ def _additive(mask): # True = may be read -> 0, else a very negative number
     return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -1e9)
 
 class T5Stack(nn.Module):
-    "The encoder, or the decoder, of a T5"
+    """The encoder, or the decoder, of a T5
+
+    Parameters
+    ----------
+    cfg : T5Config
+        shape
+    is_decoder : bool
+        causal, with cross-attention
+    """
     def __init__(self,
         cfg:T5Config, # shape
         is_decoder:bool, # causal, with cross-attention
@@ -195,7 +278,13 @@ class T5Stack(nn.Module):
 
 # %% ../nbs/50_t5.ipynb #32c9733f
 class T5(Model):
-    "T5: the encoder gives the states a generator attends to; the decoder is needed for pre-training only"
+    """T5: the encoder gives the states a generator attends to; the decoder is needed for pre-training only
+
+    Parameters
+    ----------
+    cfg : T5Config
+        shape
+    """
     config_class, component = T5Config, 't5'
     from_foreign = classmethod(lambda cls, path: read_t5(path))
 
@@ -227,13 +316,37 @@ class T5(Model):
         ids:Tensor, # `(B, L)` int64 token ids
         mask:Tensor, # `(B, L)` bool
     )->Tensor: # `(B, L, D)` encoder states
-        "Encode token ids"
+        """Encode token ids
+
+        Parameters
+        ----------
+        ids : Tensor
+            `(B, L)` int64 token ids
+        mask : Tensor
+            `(B, L)` bool
+
+        Returns
+        -------
+        Tensor
+            `(B, L, D)` encoder states
+        """
         return self.encoder(self.shared(ids), mask)
 
     def encode(self,
         texts:list, # captions; "" is the empty condition
     )->tuple: # states `(B, L, D)`, mask `(B, L)` bool
-        "Turn captions into states, one per token"
+        """Turn captions into states, one per token
+
+        Parameters
+        ----------
+        texts : list
+            captions; "" is the empty condition
+
+        Returns
+        -------
+        tuple
+            states `(B, L, D)`, mask `(B, L)` bool
+        """
         if self.tokenizer is None: raise ValueError("this T5 has no tokeniser of its own: use HFT5 for published ones")
         ids, mask = (x.to(self.device) for x in self.tokenizer.encode(texts))
         with torch.no_grad(): return self(ids, mask), mask
@@ -243,7 +356,22 @@ class T5(Model):
         mask:Tensor, # `(B, L)` bool
         inputs:Tensor, # `(B, M)` ids the decoder has written so far, padding first
     )->Tensor: # `(B, M, vocab_size)` scores of the next token at each position
-        "Run the decoder on what it has written"
+        """Run the decoder on what it has written
+
+        Parameters
+        ----------
+        states : Tensor
+            `(B, L, D)` encoder states
+        mask : Tensor
+            `(B, L)` bool
+        inputs : Tensor
+            `(B, M)` ids the decoder has written so far, padding first
+
+        Returns
+        -------
+        Tensor
+            `(B, M, vocab_size)` scores of the next token at each position
+        """
         y = self.decoder(self.shared(inputs), None, states, mask)
         return y*self.dim**-.5 @ self.shared.weight.T if self.cfg.tied_head else self.lm_head(y)
 
@@ -252,7 +380,20 @@ class T5(Model):
         texts:list, # captions
         max_tokens:int=24, # longest answer
     )->list: # what the decoder writes for each caption
-        "Let the decoder answer greedily"
+        """Let the decoder answer greedily
+
+        Parameters
+        ----------
+        texts : list
+            captions
+        max_tokens : int, default=24
+            longest answer
+
+        Returns
+        -------
+        list
+            what the decoder writes for each caption
+        """
         states, mask = self.encode(texts)
         out = torch.zeros(len(texts), 1, dtype=torch.int64, device=self.device)  # starts with padding
         for _ in range(max_tokens):
@@ -264,14 +405,36 @@ class T5(Model):
 def encoder_state(
     state:dict, # tensors of a published T5, whole or encoder only
 )->dict: # tensors of our encoder-only `T5`
-    "Keep embedding and encoder; drop decoder, head and the second copy of the embedding"
+    """Keep embedding and encoder; drop decoder, head and the second copy of the embedding
+
+    Parameters
+    ----------
+    state : dict
+        tensors of a published T5, whole or encoder only
+
+    Returns
+    -------
+    dict
+        tensors of our encoder-only `T5`
+    """
     same = {'encoder.embed_tokens.weight': 'shared.weight'}
     return {same.get(k, k): v for k, v in state.items() if k.startswith(('shared.', 'encoder.'))}
 
 def t5_sizes(
     state:dict, # tensors of an encoder
 )->dict: # what `T5Config.from_transformers` needs
-    "Read the sizes of a T5 from its tensors, where no settings came with them"
+    """Read the sizes of a T5 from its tensors, where no settings came with them
+
+    Parameters
+    ----------
+    state : dict
+        tensors of an encoder
+
+    Returns
+    -------
+    dict
+        what `T5Config.from_transformers` needs
+    """
     shape = lambda name: state[f'encoder.block.0.layer.{name}.weight'].shape
     (vocab, width), heads = state['shared.weight'].shape, shape('0.SelfAttention.relative_attention_bias')[1]
     act = 'gated-gelu' if 'encoder.block.0.layer.1.DenseReluDense.wi_0.weight' in state else 'relu'
@@ -282,7 +445,18 @@ def t5_sizes(
 def read_t5(
     path:str|Path, # folder of transformers, of a pipeline or of Tango, or the authors' AudioLDM 2 file
 )->T5: # its encoder
-    "Build the encoder of a published T5: the decoder's tensors are left aside"
+    """Build the encoder of a published T5: the decoder's tensors are left aside
+
+    Parameters
+    ----------
+    path : str|Path
+        folder of transformers, of a pipeline or of Tango, or the authors' AudioLDM 2 file
+
+    Returns
+    -------
+    T5
+        its encoder
+    """
     values, state = read_foreign(path, 'text_encoder_2', 'pytorch_model_main.bin', 'pytorch_model_main.safetensors')
     if 'd_model' not in values:  # T5 lies inside a bigger network
         state = encoder_state(strip_to(state, 'encoder.block.0.layer.0.SelfAttention.q.weight', path))
@@ -297,7 +471,22 @@ def t5_loss(
     batch:dict, # ids and mask `(B, L)`, target `(B, M)`, 0 = padding
     ctx, # training context, not used
 )->dict: # loss: mean cross-entropy per target token, nats
-    "Predict each target token from the source and the target so far"
+    """Predict each target token from the source and the target so far
+
+    Parameters
+    ----------
+    model : T5
+        with a decoder
+    batch : dict
+        ids and mask `(B, L)`, target `(B, M)`, 0 = padding
+    ctx
+        training context, not used
+
+    Returns
+    -------
+    dict
+        loss: mean cross-entropy per target token, nats
+    """
     target = batch['target']
     inputs = F.pad(target[:, :-1], (1, 0))  # one step late, starts with padding
     logits = model.logits(model(batch['ids'], batch['mask']), batch['mask'], inputs)  # (B, M, V)
@@ -310,7 +499,24 @@ def toy_recipe(
     seed:int=0, # of weights, data and order
     order_share:float=.75, # 0 = span corruption alone
 )->Recipe: # for `run_recipe`
-    "How the toy T5 is trained: span corruption and 'list the events in the order they sound'"
+    """How the toy T5 is trained: span corruption and 'list the events in the order they sound'
+
+    Parameters
+    ----------
+    budget : str, default='short'
+        'short' (2 CPU-minutes) or 'full'
+    weights : str, default='mine'
+        not used: this model stands on no other
+    seed : int, default=0
+        of weights, data and order
+    order_share : float, default=.75
+        0 = span corruption alone
+
+    Returns
+    -------
+    Recipe
+        for `run_recipe`
+    """
     steps = dict(short=6000, full=6000)[budget]  # order needs them all
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -322,7 +528,17 @@ def toy_recipe(
 
 # %% ../nbs/50_t5.ipynb #ca3ef227
 class HFT5:
-    "A published T5 encoder in our module, with its own tokeniser"
+    """A published T5 encoder in our module, with its own tokeniser
+
+    Parameters
+    ----------
+    model : T5
+        encoder; its weights come from the checkpoint
+    tokenizer
+        of transformers
+    max_tokens : int, default=128
+        longest prompt, as in AudioLDM 2
+    """
     def __init__(self,
         model:T5, # encoder; its weights come from the checkpoint
         tokenizer, # of transformers
@@ -337,7 +553,19 @@ class HFT5:
         device:str|torch.device='cpu', # where the weights go
         dtype:torch.dtype=torch.float32, # of the weights
     ):
-        "Load the encoder of a published T5 and its tokeniser"
+        """Load the encoder of a published T5 and its tokeniser
+
+        Parameters
+        ----------
+        name : str|Path
+            folder, file or hub id; one without a tokeniser gets that of 'google/flan-t5-large'
+        max_tokens : int, default=128
+            longest prompt
+        device : str|torch.device, default='cpu'
+            where the weights go
+        dtype : torch.dtype, default=torch.float32
+            of the weights
+        """
         folder, model = find_weights(name, 't5'), T5.from_pretrained(name, device, dtype).requires_grad_(False)
         return cls(model, find_tokenizer([folder/'tokenizer_2', folder], 'google/flan-t5-large'), max_tokens)
 
@@ -345,6 +573,17 @@ class HFT5:
     def encode(self,
         texts:list, # captions; "" is the empty condition
     )->tuple: # states `(B, L, D)`, mask `(B, L)` bool
-        "Turn captions into states, one per token"
+        """Turn captions into states, one per token
+
+        Parameters
+        ----------
+        texts : list
+            captions; "" is the empty condition
+
+        Returns
+        -------
+        tuple
+            states `(B, L, D)`, mask `(B, L)` bool
+        """
         ids, mask = (x.to(self.model.device) for x in self.tokenizer.encode(texts))
         return self.model(ids, mask), mask

@@ -17,7 +17,20 @@ def read_lines(
     path:str|Path, # a text file
     encoding:str|None=None, # its code; None: what a byte order mark says, else UTF-8
 )->list[str]: # lines with their ends, without marks; see `is_text` for bytes that are no text
-    "Decode a text file; `ValueError` names a file that is none"
+    """Decode a text file; `ValueError` names a file that is none
+
+    Parameters
+    ----------
+    path : str|Path
+        a text file
+    encoding : str|None, default=None
+        its code; None: what a byte order mark says, else UTF-8
+
+    Returns
+    -------
+    list[str]
+        lines with their ends, without marks; see `is_text` for bytes that are no text
+    """
     if not os.path.isfile(path): raise ValueError(f"{path} does not exist or is not a file")
     raw = Path(path).read_bytes()
     code = encoding or next((name for mark, name in MARKS.items() if raw.startswith(mark)), 'utf-8')
@@ -31,7 +44,18 @@ def read_lines(
 def is_text(
     text:str, # from `read_lines`
 )->bool: # False: it holds a lone surrogate, which stands for a byte that was not text
-    "Tell whether all bytes were characters"
+    """Tell whether all bytes were characters
+
+    Parameters
+    ----------
+    text : str
+        from `read_lines`
+
+    Returns
+    -------
+    bool
+        False: it holds a lone surrogate, which stands for a byte that was not text
+    """
     try: return text.encode() is not None
     except UnicodeEncodeError: return False
 
@@ -109,7 +133,24 @@ def read_rows(
     encoding:str|None=None, # 'cp1252' for what old Windows programs wrote; None: UTF-8, or as a byte order mark says
     skip:Callable|None=None, # `skip(place, reason)` gets each bad row, which is left out; None: it is an error
 )->list[dict]: # column -> value: text from CSV and TSV, any value from JSON
-    "Read a table that somebody else wrote; `ValueError` names file and row"
+    """Read a table that somebody else wrote; `ValueError` names file and row
+
+    Parameters
+    ----------
+    table : str|Path
+        `.csv`, `.tsv` with a header; `.json`: a list, or under "data"; `.jsonl`, `.ndjson`: a row a line
+    columns : tuple[str, ...], default=()
+        must be there, and filled in each row
+    encoding : str|None, default=None
+        'cp1252' for what old Windows programs wrote; None: UTF-8, or as a byte order mark says
+    skip : Callable|None, default=None
+        `skip(place, reason)` gets each bad row, which is left out; None: it is an error
+
+    Returns
+    -------
+    list[dict]
+        column -> value: text from CSV and TSV, any value from JSON
+    """
     ending, rows = Path(table).suffix.lower(), []
     if ending not in READERS: raise ValueError(f"table {table} must end in {', '.join(READERS)}")
     lines = read_lines(table, encoding)
@@ -137,7 +178,20 @@ def as_texts(
     value, # a text, or a list or tuple of texts; none of them empty
     name:str='value', # named in the error: where the value stands
 )->tuple[str, ...]: # without white space around them
-    "Make texts of a cell; `ValueError` names what is no text"
+    """Make texts of a cell; `ValueError` names what is no text
+
+    Parameters
+    ----------
+    value
+        a text, or a list or tuple of texts; none of them empty
+    name : str, default='value'
+        named in the error: where the value stands
+
+    Returns
+    -------
+    tuple[str, ...]
+        without white space around them
+    """
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, (list, tuple)) or any(not isinstance(t, str) or not t.strip() for t in texts):
         raise ValueError(f"{name} must be a text or a list of texts, none of them empty, got {value!r:.200}")
@@ -147,7 +201,20 @@ def as_number(
     value, # 30, 30.0, '30' or '30.0'
     name:str='value', # named in the error
 )->int|float: # an int where it is whole
-    "Make a finite number of a cell; `ValueError` names what is none"
+    """Make a finite number of a cell; `ValueError` names what is none
+
+    Parameters
+    ----------
+    value
+        30, 30.0, '30' or '30.0'
+    name : str, default='value'
+        named in the error
+
+    Returns
+    -------
+    int|float
+        an int where it is whole
+    """
     try: number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError): number = math.nan
     if not math.isfinite(number): raise ValueError(f"{name} must be a finite number, got {value!r:.200}")

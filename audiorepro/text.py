@@ -22,7 +22,18 @@ MAX_CHARS, MAX_TOKENS, NUM_SENTINELS = 2000, 64, 8
 def split_words(
     text:str, # any text; "" gives no words
 )->list: # lower-case words without punctuation
-    "Cut a caption into words"
+    """Cut a caption into words
+
+    Parameters
+    ----------
+    text : str
+        any text; "" gives no words
+
+    Returns
+    -------
+    list
+        lower-case words without punctuation
+    """
     if not isinstance(text, str): raise ValueError(f"text must be a str, got {type(text).__name__}")
     return re.findall(r"\w+(?:'\w+)*", unicodedata.normalize('NFKC', text).lower())
 
@@ -31,7 +42,20 @@ def pad_ids(
     rows:list, # lists of token ids, of unequal length
     pad:int=0, # id that fills up
 )->tuple: # ids `(B, L)` int64 and mask `(B, L)` bool, True where a token is real; L is the longest row
-    "Make one table of unequal rows, and remember which entries are real"
+    """Make one table of unequal rows, and remember which entries are real
+
+    Parameters
+    ----------
+    rows : list
+        lists of token ids, of unequal length
+    pad : int, default=0
+        id that fills up
+
+    Returns
+    -------
+    tuple
+        ids `(B, L)` int64 and mask `(B, L)` bool, True where a token is real; L is the longest row
+    """
     if not rows: raise ValueError("rows is empty: at least one text is needed")
     width = max(1, *map(len, rows))
     ids = torch.full((len(rows), width), pad, dtype=torch.int64)
@@ -41,7 +65,17 @@ def pad_ids(
 
 # %% ../nbs/13_text.ipynb #912b892e
 class Tokenizer:
-    "Word-level tokeniser with the special tokens of T5: padding, end, unknown, sentinels"
+    """Word-level tokeniser with the special tokens of T5: padding, end, unknown, sentinels
+
+    Parameters
+    ----------
+    words
+        the words it knows; order and repetition do not matter
+    num_sentinels : int, default=NUM_SENTINELS
+        how many gaps a masked text may have
+    max_tokens : int, default=MAX_TOKENS
+        longest row, `</s>` included
+    """
     def __init__(self,
         words, # the words it knows; order and repetition do not matter
         num_sentinels:int=NUM_SENTINELS, # how many gaps a masked text may have
@@ -65,7 +99,20 @@ class Tokenizer:
         text:str, # a caption
         warn_unknown:bool=False, # name the words it does not know in a warning
     )->list: # token ids, `</s>` last
-        "Turn one text into token ids"
+        """Turn one text into token ids
+
+        Parameters
+        ----------
+        text : str
+            a caption
+        warn_unknown : bool, default=False
+            name the words it does not know in a warning
+
+        Returns
+        -------
+        list
+            token ids, `</s>` last
+        """
         words = split_words(text)
         unknown = sorted({w for w in words if w not in self.id})
         if unknown and warn_unknown: warnings.warn(f"unknown words are read as <unk>: {', '.join(unknown)}")
@@ -77,7 +124,20 @@ class Tokenizer:
         texts:list, # captions; "" is allowed and gives `</s>` alone
         warn_unknown:bool=False, # see `ids`
     )->tuple: # ids `(B, L)` int64, mask `(B, L)` bool
-        "Turn texts into a padded table of ids and its mask"
+        """Turn texts into a padded table of ids and its mask
+
+        Parameters
+        ----------
+        texts : list
+            captions; "" is allowed and gives `</s>` alone
+        warn_unknown : bool, default=False
+            see `ids`
+
+        Returns
+        -------
+        tuple
+            ids `(B, L)` int64, mask `(B, L)` bool
+        """
         if isinstance(texts, str): raise ValueError("texts must be a list of str, got one str")
         return pad_ids([self.ids(t, warn_unknown) for t in texts], self.pad)
 
@@ -85,7 +145,19 @@ class Tokenizer:
         ids, # one row or a table of ids, list or Tensor
         keep_special:bool=False, # also show padding, `</s>` and sentinels
     ): # text, or a list of texts for a table
-        "Turn ids back into words; reading stops at `</s>`"
+        """Turn ids back into words; reading stops at `</s>`
+
+        Parameters
+        ----------
+        ids
+            one row or a table of ids, list or Tensor
+        keep_special : bool, default=False
+            also show padding, `</s>` and sentinels
+
+        Returns
+        -------
+        text, or a list of texts for a table
+        """
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if ids and isinstance(ids[0], list): return [self.decode(row, keep_special) for row in ids]
         if not keep_special and self.eos in ids: ids = ids[:ids.index(self.eos)]
@@ -95,7 +167,13 @@ class Tokenizer:
     def save(self,
         path:str|Path, # JSON file
     ):
-        "Write the words and settings as JSON"
+        """Write the words and settings as JSON
+
+        Parameters
+        ----------
+        path : str|Path
+            JSON file
+        """
         values = dict(words=self.words, num_sentinels=self.num_sentinels, max_tokens=self.max_tokens)
         write_atomic(path, lambda f: f.write((json.dumps(values, ensure_ascii=False) + '\n').encode()))
 
@@ -103,7 +181,13 @@ class Tokenizer:
     def load(cls,
         path:str|Path, # JSON file made by `save`
     ):
-        "Read a tokeniser; errors name the file"
+        """Read a tokeniser; errors name the file
+
+        Parameters
+        ----------
+        path : str|Path
+            JSON file made by `save`
+        """
         try: return cls(**json.loads(Path(path).read_text()))
         except (ValueError, TypeError) as e: raise ValueError(f"{path} is not a tokeniser: {e}") from e
 
@@ -116,14 +200,38 @@ class TextEncoder(Protocol):
     def encode(self,
         texts:list, # captions; "" is the empty condition
     )->tuple: # states `(B, L, D)` float, mask `(B, L)` bool
-        "Turn captions into one state per token"
+        """Turn captions into one state per token
+
+        Parameters
+        ----------
+        texts : list
+            captions; "" is the empty condition
+
+        Returns
+        -------
+        tuple
+            states `(B, L, D)` float, mask `(B, L)` bool
+        """
 
 # %% ../nbs/13_text.ipynb #21224c02
 def masked_mean(
     states:Tensor, # `(B, L, D)`
     mask:Tensor, # `(B, L)` bool, True = real
 )->Tensor: # `(B, D)` mean over the real positions
-    "Average what is real; padding has no say"
+    """Average what is real; padding has no say
+
+    Parameters
+    ----------
+    states : Tensor
+        `(B, L, D)`
+    mask : Tensor
+        `(B, L)` bool, True = real
+
+    Returns
+    -------
+    Tensor
+        `(B, D)` mean over the real positions
+    """
     weight = mask[..., None].to(states.dtype)  # (B, L, 1)
     return (states*weight).sum(1)/weight.sum(1).clamp_min(1)
 
@@ -132,7 +240,20 @@ def check_prompt(
     text:str, # what somebody typed
     name:str='prompt', # of the argument, for the errors
 )->str: # the same text without outer white space, at most `MAX_CHARS` characters
-    "Refuse what is no prompt; cut what is too long and say so"
+    """Refuse what is no prompt; cut what is too long and say so
+
+    Parameters
+    ----------
+    text : str
+        what somebody typed
+    name : str, default='prompt'
+        of the argument, for the errors
+
+    Returns
+    -------
+    str
+        the same text without outer white space, at most `MAX_CHARS` characters
+    """
     if not isinstance(text, str): raise ValueError(f"{name} must be a str, got {type(text).__name__}: {text!r}"[:120])
     text = unicodedata.normalize('NFKC', text).strip()
     if not any(c.isalnum() for c in text): raise ValueError(f"{name} must hold at least one word, got {text[:40]!r}")
@@ -145,7 +266,19 @@ def find_tokenizer(
     places:list, # folders where it may lie, the best first
     name:str, # hub id of the one to take when none of them holds a tokeniser
 ): # tokeniser of transformers
-    "Load the tokeniser beside some weights, or a published one; offline, one line says how to fetch it"
+    """Load the tokeniser beside some weights, or a published one; offline, one line says how to fetch it
+
+    Parameters
+    ----------
+    places : list
+        folders where it may lie, the best first
+    name : str
+        hub id of the one to take when none of them holds a tokeniser
+
+    Returns
+    -------
+    tokeniser of transformers
+    """
     from transformers import AutoTokenizer
     found = [f for f in places if f.is_dir() and (list(f.glob('tokenizer*.json')) or list(f.glob('*.model')))]
     try: return AutoTokenizer.from_pretrained((found + [name])[0])
@@ -155,7 +288,15 @@ def find_tokenizer(
 
 # %% ../nbs/13_text.ipynb #7b54f2f7
 class HFTokenizer:
-    "A tokeniser of transformers that answers like ours"
+    """A tokeniser of transformers that answers like ours
+
+    Parameters
+    ----------
+    tokenizer
+        of transformers, loaded
+    max_tokens : int, default=128
+        longest row; 128 for FLAN-T5 in AudioLDM 2
+    """
     def __init__(self,
         tokenizer, # of transformers, loaded
         max_tokens:int=128, # longest row; 128 for FLAN-T5 in AudioLDM 2
@@ -169,14 +310,33 @@ class HFTokenizer:
         name:str|Path, # folder or hub id
         max_tokens:int=128, # longest row
     ):
-        "Load the tokeniser of a published checkpoint"
+        """Load the tokeniser of a published checkpoint
+
+        Parameters
+        ----------
+        name : str|Path
+            folder or hub id
+        max_tokens : int, default=128
+            longest row
+        """
         from transformers import AutoTokenizer
         return cls(AutoTokenizer.from_pretrained(name), max_tokens)
 
     def encode(self,
         texts:list, # captions
     )->tuple: # ids `(B, L)` int64, mask `(B, L)` bool
-        "Turn texts into ids padded to the longest one, and the mask"
+        """Turn texts into ids padded to the longest one, and the mask
+
+        Parameters
+        ----------
+        texts : list
+            captions
+
+        Returns
+        -------
+        tuple
+            ids `(B, L)` int64, mask `(B, L)` bool
+        """
         if isinstance(texts, str): raise ValueError("texts must be a list of str, got one str")
         out = self.tokenizer(list(texts), padding='longest', truncation=True, max_length=self.max_tokens,
                              return_tensors='pt')
@@ -186,7 +346,19 @@ class HFTokenizer:
         ids, # one row or a table of ids
         keep_special:bool=False, # also show padding and end
     ): # text, or a list of texts for a table
-        "Turn ids back into text"
+        """Turn ids back into text
+
+        Parameters
+        ----------
+        ids
+            one row or a table of ids
+        keep_special : bool, default=False
+            also show padding and end
+
+        Returns
+        -------
+        text, or a list of texts for a table
+        """
         ids = ids.tolist() if isinstance(ids, Tensor) else list(ids)
         if ids and isinstance(ids[0], list): return [self.decode(row, keep_special) for row in ids]
         return self.tokenizer.decode(ids, skip_special_tokens=not keep_special)

@@ -19,7 +19,43 @@ from .core import Config, make_generator, out_dir, read_safetensors, write_atomi
 # %% ../nbs/21_training.ipynb #75c8e52f
 @dataclass(frozen=True)
 class TrainConfig(Config):
-    "How to train: everything that decides the result but model, loss and data"
+    """How to train: everything that decides the result but model, loss and data
+
+    Parameters
+    ----------
+    steps : int
+        optimiser steps of the whole run
+    lr : float, default=1e-4
+        learning rate after the warmup
+    betas : tuple[float,...], default=(.9, .999)
+        of AdamW
+    weight_decay : float, default=.01
+        of AdamW
+    decay_vectors : bool, default=True
+        also of biases, norms and scalars; CLIP and CLAP spare them
+    warmup_steps : int, default=0
+        steps of linear rise to `lr`
+    schedule : str, default='constant'
+        after the warmup: 'constant' or 'cosine' (down to `final_lr`)
+    final_lr : float, default=0.
+        where 'cosine' ends
+    clip_norm : float|None, default=1.
+        largest norm of the gradient
+    ema_decay : float|None, default=None
+        of the average of the weights; None = no average
+    bf16 : bool, default=False
+        mixed precision, only where the hardware has it
+    rival_lr : float|None, default=None
+        of the rival; default `lr`
+    seed : int, default=0
+        of all random numbers
+    log_every : int, default=50
+        steps averaged in one row of the history
+    save_every : int, default=500
+        steps between checkpoints
+    eval_every : int, default=0
+        steps between calls of `on_eval`; 0 = as `save_every`
+    """
     steps:int                            # optimiser steps of the whole run
     lr:float=1e-4                        # learning rate after the warmup
     betas:tuple[float,...]=(.9, .999)    # of AdamW
@@ -50,7 +86,20 @@ def lr_at(
     step:int, # 0-based step about to be made
     cfg:TrainConfig, # peak, warmup and schedule
 )->float: # learning rate of this step
-    "Rise in a straight line, then stay or follow half a cosine"
+    """Rise in a straight line, then stay or follow half a cosine
+
+    Parameters
+    ----------
+    step : int
+        0-based step about to be made
+    cfg : TrainConfig
+        peak, warmup and schedule
+
+    Returns
+    -------
+    float
+        learning rate of this step
+    """
     if step < cfg.warmup_steps: return cfg.lr*(step + 1)/cfg.warmup_steps
     if cfg.schedule == 'constant': return cfg.lr
     done = (step - cfg.warmup_steps)/max(1, cfg.steps - cfg.warmup_steps)
@@ -60,12 +109,33 @@ def ema_decay_at(
     n:int, # number of the update, from 1
     decay:float, # the largest
 )->float: # weight of the old average in this update
-    "Forget quickly at first: the smaller of `decay` and (1 + n)/(10 + n)"
+    """Forget quickly at first: the smaller of `decay` and (1 + n)/(10 + n)
+
+    Parameters
+    ----------
+    n : int
+        number of the update, from 1
+    decay : float
+        the largest
+
+    Returns
+    -------
+    float
+        weight of the old average in this update
+    """
     return min(decay, (1 + n)/(10 + n))
 
 # %% ../nbs/21_training.ipynb #6a3214e8
 class EMA:
-    "A second copy of the weights that follows them slowly"
+    """A second copy of the weights that follows them slowly
+
+    Parameters
+    ----------
+    model : nn.Module
+        its trainable parameters are averaged
+    decay : float
+        weight of the old average after a ramp
+    """
     def __init__(self,
         model:nn.Module, # its trainable parameters are averaged
         decay:float, # weight of the old average after a ramp
@@ -78,7 +148,13 @@ class EMA:
     def update(self,
         n:int, # number of this update, from 1
     ):
-        "Move the average towards the weights"
+        """Move the average towards the weights
+
+        Parameters
+        ----------
+        n : int
+            number of this update, from 1
+        """
         average = torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay_at(n, self.decay))
         average(list(self.average.values()), list(self.params.values()), n)
 
@@ -108,7 +184,22 @@ def tensor_batches(
     batch_size:int, # items a step, over all processes
     seed:int=0, # of the order
 )->typing.Callable: # `batches(start_step)` -> endless iterator of dictionaries
-    "Batches out of memory, in an order that depends on nothing but seed and step; half precision comes out as float32"
+    """Batches out of memory, in an order that depends on nothing but seed and step; half precision comes out as float32
+
+    Parameters
+    ----------
+    tensors : dict
+        name -> tensor or list, all of one length
+    batch_size : int
+        items a step, over all processes
+    seed : int, default=0
+        of the order
+
+    Returns
+    -------
+    typing.Callable
+        `batches(start_step)` -> endless iterator of dictionaries
+    """
     sizes = {k: len(v) for k, v in tensors.items()}
     if len(set(sizes.values())) != 1: raise ValueError(f"tensors must have one length, got {sizes}")
     def pick(v, idx):
@@ -137,7 +228,26 @@ def loader_batches(
     collate=None, # list of items -> batch; default torch's
     num_workers:int=0, # processes that read ahead
 )->typing.Callable: # `batches(start_step)` -> endless iterator
-    "Batches read from disk as they are needed, in an order that depends on nothing but seed and step"
+    """Batches read from disk as they are needed, in an order that depends on nothing but seed and step
+
+    Parameters
+    ----------
+    dataset
+        map-style torch dataset; its attribute `epoch`, if it has one, is kept up to date
+    batch_size : int
+        items a step, over all processes
+    seed : int, default=0
+        of the order and of each item's random numbers
+    collate : default=None
+        list of items -> batch; default torch's
+    num_workers : int, default=0
+        processes that read ahead
+
+    Returns
+    -------
+    typing.Callable
+        `batches(start_step)` -> endless iterator
+    """
     def batches(start_step=0):
         indices = _positions(len(dataset), batch_size, seed, start_step)
         sampler = ([(i, epoch, seed) for i in idx] for epoch, idx in indices)
@@ -149,7 +259,18 @@ def loader_batches(
 def has_bf16(
     device:torch.device|str='cpu', # where training would run
 )->bool: # True when bfloat16 products are made by the hardware, not emulated
-    "Ask the machine whether mixed precision would pay"
+    """Ask the machine whether mixed precision would pay
+
+    Parameters
+    ----------
+    device : torch.device|str, default='cpu'
+        where training would run
+
+    Returns
+    -------
+    bool
+        True when bfloat16 products are made by the hardware, not emulated
+    """
     if torch.device(device).type == 'cuda': return torch.cuda.is_bf16_supported(including_emulation=False)
     probes = (getattr(torch.cpu, name, None) for name in ('_is_avx512_bf16_supported', '_is_amx_tile_supported'))
     return any(probe() for probe in probes if probe)
@@ -163,7 +284,25 @@ def _accelerator(device, bf16):
 
 @dataclass
 class Context:
-    "What a loss may know besides its model and its batch"
+    """What a loss may know besides its model and its batch
+
+    Parameters
+    ----------
+    generator : torch.Generator
+        CPU; reseeded from seed and step before each step
+    device : torch.device
+        where model and batch are
+    model : nn.Module
+        the model in training
+    rival : nn.Module|None, default=None
+        the other player, if there is one
+    step : int, default=0
+        0-based number of the step being made
+    steps : int, default=0
+        of the whole run
+    shared : dict, default=field(default_factory=dict)
+        emptied before each step: what the rival's loss leaves for the model's
+    """
     generator:torch.Generator            # CPU; reseeded from seed and step before each step
     device:torch.device                  # where model and batch are
     model:nn.Module                      # the model in training
@@ -331,7 +470,32 @@ def fit(
     folder:str|Path|None=None, # checkpoints and `history.jsonl`; a second call continues where they end
     progress:bool=True, # show a bar
 )->list: # one dictionary per row: step, lr, means of the scalars, grad_norm, seconds
-    "Train: AdamW, warmup and schedule, clipping, average of the weights, checkpoints; same settings, same bits"
+    """Train: AdamW, warmup and schedule, clipping, average of the weights, checkpoints; same settings, same bits
+
+    Parameters
+    ----------
+    model : nn.Module
+        trained in place, on the device it is on; holds the averaged weights afterwards, in eval mode
+    loss_fn
+        `loss_fn(model, batch, ctx)` -> dictionary of scalars; 'loss' is minimised, the rest is logged
+    batches
+        `batches(start_step)` -> iterator of batches
+    cfg : TrainConfig
+        steps, optimiser, schedule, seed
+    rival : default=None
+        `(module, loss_fn(rival, batch, ctx))` stepped first; its loss may return None to sit a step out
+    on_eval : default=None
+        `on_eval(model, step)` -> dictionary of numbers for the history, or None
+    folder : str|Path|None, default=None
+        checkpoints and `history.jsonl`; a second call continues where they end
+    progress : bool, default=True
+        show a bar
+
+    Returns
+    -------
+    list
+        one dictionary per row: step, lr, means of the scalars, grad_norm, seconds
+    """
     from accelerate.utils import send_to_device
     from tqdm.auto import tqdm
     rival, rival_loss = rival or (None, None)
@@ -361,7 +525,27 @@ def fit(
 # %% ../nbs/21_training.ipynb #ee424188
 @dataclass
 class Recipe:
-    "All that makes one set of weights"
+    """All that makes one set of weights
+
+    Parameters
+    ----------
+    name : str
+        folder of the result: out/weights/NAME
+    model : nn.Module
+        a `Model`, on the device it trains on
+    loss_fn : typing.Callable
+        see `fit`
+    batches : typing.Callable
+        see `fit`
+    config : TrainConfig
+        see `fit`
+    rival : tuple|None, default=None
+        see `fit`
+    on_eval : typing.Callable|None, default=None
+        see `fit`
+    extra : dict|None, default=None
+        what else decides the result, such as a share of hidden words; part of the key
+    """
     name:str                # folder of the result: out/weights/NAME
     model:nn.Module         # a `Model`, on the device it trains on
     loss_fn:typing.Callable # see `fit`
@@ -373,7 +557,13 @@ class Recipe:
 
     @property
     def key(self)->str: # 12 hex digits
-        "Same settings, same key; another run gets another folder"
+        """Same settings, same key; another run gets another folder
+
+        Returns
+        -------
+        str
+            12 hex digits
+        """
         settings = [self.name, self.model.cfg.to_dict(), self.config.to_dict(), *([self.extra] if self.extra else [])]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -383,7 +573,24 @@ def run_recipe(
     progress:bool=True, # show a bar
     target:str|Path|None=None, # of the weights; default out/weights/NAME
 )->nn.Module: # the trained model, also saved in half precision with `training.json`
-    "Train a recipe to its end, or finish what an earlier call began, and keep the result"
+    """Train a recipe to its end, or finish what an earlier call began, and keep the result
+
+    Parameters
+    ----------
+    recipe : Recipe
+        model, loss, batches, settings
+    folder : str|Path|None, default=None
+        of the checkpoints; default out/train/NAME/KEY
+    progress : bool, default=True
+        show a bar
+    target : str|Path|None, default=None
+        of the weights; default out/weights/NAME
+
+    Returns
+    -------
+    nn.Module
+        the trained model, also saved in half precision with `training.json`
+    """
     folder, model, cfg = Path(folder or out_dir('train')/recipe.name/recipe.key), recipe.model, recipe.config
     options = dict(rival=recipe.rival, on_eval=recipe.on_eval, folder=folder, progress=progress)
     last, device = fit(model, recipe.loss_fn, recipe.batches, cfg, **options)[-1], next(model.parameters()).device

@@ -21,7 +21,37 @@ from .layers import Attention, ResBlock2d, sincos_2d, timestep_embedding, zero_i
 # %% ../nbs/42_unet.ipynb #685a5d8c
 @dataclass(frozen=True)
 class UNetConfig(Config):
-    "Widths, attention sites and contexts of a T-UNet"
+    """Widths, attention sites and contexts of a T-UNet
+
+    Parameters
+    ----------
+    in_channels : int, default=8
+        of the latent
+    out_channels : int, default=8
+        of the prediction
+    channels : tuple, default=(128, 256, 384, 640)
+        width of each level
+    layers_per_block : int, default=2
+        residual blocks a level going down; one more going up
+    attention_levels : tuple, default=(1, 2, 3)
+        levels with attention, 0 = finest; the middle always has it
+    contexts : tuple, default=(None, 768, 1024)
+        one transformer per entry and site; None = no context, else its width
+    depth : int, default=1
+        blocks inside each transformer
+    head_dim : int, default=32
+        width of a head, when `num_heads` is None
+    num_heads : int|tuple|None, default=None
+        heads everywhere, or per level
+    groups : int, default=32
+        of every GroupNorm
+    pooled_dim : int|None, default=None
+        width of a pooled condition beside the time embedding
+    linear_proj : bool, default=False
+        transformers enter and leave by a linear layer instead of a 1x1 convolution
+    positions : bool, default=False
+        fixed positions on the cells and on the LOA: ours, off in all published nets
+    """
     in_channels:int=8             # of the latent
     out_channels:int=8            # of the prediction
     channels:tuple=(128, 256, 384, 640)  # width of each level
@@ -75,7 +105,15 @@ class UNetConfig(Config):
 
 # %% ../nbs/42_unet.ipynb #2c712bbb
 class FeedForward(nn.Module):
-    "GEGLU: one half of a wide layer gates the other half, then back (Shazeer, 2020)"
+    """GEGLU: one half of a wide layer gates the other half, then back (Shazeer, 2020)
+
+    Parameters
+    ----------
+    dim : int
+        width in and out
+    mult : int, default=4
+        hidden width / dim
+    """
     def __init__(self,
         dim:int, # width in and out
         mult:int=4, # hidden width / dim
@@ -91,7 +129,17 @@ class FeedForward(nn.Module):
 
 # %% ../nbs/42_unet.ipynb #0daa8d1c
 class ContextBlock(nn.Module):
-    "Self-attention, attention to a context (to itself when there is none), feed-forward; each pre-norm and residual"
+    """Self-attention, attention to a context (to itself when there is none), feed-forward; each pre-norm and residual
+
+    Parameters
+    ----------
+    dim : int
+        width
+    heads : int
+        of both attentions
+    context_dim : int|None
+        width of the context
+    """
     def __init__(self,
         dim:int, # width
         heads:int, # of both attentions
@@ -114,21 +162,63 @@ def grid_positions(
     dim:int, # width, a multiple of 4
     size:tuple, # cells in time and frequency, spread over the clip
 )->Tensor: # `(cells, dim)` float32, time-major
-    "Positions of a coarser or finer grid: those of AudioMAE's patches, averaged over each cell"
+    """Positions of a coarser or finer grid: those of AudioMAE's patches, averaged over each cell
+
+    Parameters
+    ----------
+    dim : int
+        width, a multiple of 4
+    size : tuple
+        cells in time and frequency, spread over the clip
+
+    Returns
+    -------
+    Tensor
+        `(cells, dim)` float32, time-major
+    """
     table = sincos_2d(dim, *PATCH_GRID).T.unflatten(1, PATCH_GRID)  # (dim, 64, 8)
     return F.adaptive_avg_pool2d(table, size).flatten(1).T
 
 def loa_size(
     num_tokens:int, # of a pooled LOA: 512, 128, 32, 8, 4, 2 or 1
 )->tuple: # tokens in time and frequency
-    "Undo the flattening of a pooled LOA"
+    """Undo the flattening of a pooled LOA
+
+    Parameters
+    ----------
+    num_tokens : int
+        of a pooled LOA: 512, 128, 32, 8, 4, 2 or 1
+
+    Returns
+    -------
+    tuple
+        tokens in time and frequency
+    """
     sizes = {(64//lam)*(8//min(lam, 8)): (64//lam, 8//min(lam, 8)) for lam in (1, 2, 4, 8, 16, 32, 64)}
     if num_tokens not in sizes: raise ValueError(f"num_tokens must be one of {sorted(sizes)}, got {num_tokens}")
     return sizes[num_tokens]
 
 # %% ../nbs/42_unet.ipynb #f3b0fbee
 class ContextTransformer(nn.Module):
-    "Read a feature map as a sequence of time x frequency cells, transform it, add the result to the map"
+    """Read a feature map as a sequence of time x frequency cells, transform it, add the result to the map
+
+    Parameters
+    ----------
+    channels : int
+        of the feature map
+    heads : int
+        of the attentions
+    context_dim : int|None
+        width of the context; None = no context
+    depth : int, default=1
+        number of blocks
+    groups : int, default=32
+        of the GroupNorm
+    linear_proj : bool, default=False
+        linear layers instead of 1x1 convolutions: the same numbers in another layout
+    positions : bool, default=False
+        tell each cell where it lies
+    """
     def __init__(self,
         channels:int, # of the feature map
         heads:int, # of the attentions
@@ -159,7 +249,23 @@ class ContextTransformer(nn.Module):
 
 # %% ../nbs/42_unet.ipynb #06015f74
 class Level(nn.Module):
-    "Residual blocks, each followed by its attention site, then a change of resolution"
+    """Residual blocks, each followed by its attention site, then a change of resolution
+
+    Parameters
+    ----------
+    widths_in : tuple
+        channels entering each residual block
+    width : int
+        channels leaving it
+    cfg : UNetConfig
+        settings of the whole net
+    heads : int|None
+        None = no attention here
+    time_dim : int
+        width of the time embedding
+    sites : int|None, default=None
+        number of attention sites; default one per residual block
+    """
     def __init__(self,
         widths_in:tuple, # channels entering each residual block
         width:int, # channels leaving it
@@ -183,7 +289,15 @@ class Level(nn.Module):
         return x
 
 class Sample(nn.Module):
-    "The 3x3 convolution that follows or performs a change of resolution"
+    """The 3x3 convolution that follows or performs a change of resolution
+
+    Parameters
+    ----------
+    channels : int
+        in and out
+    stride : int, default=1
+        2 halves time and frequency
+    """
     def __init__(self,
         channels:int, # in and out
         stride:int=1, # 2 halves time and frequency
@@ -195,7 +309,13 @@ class Sample(nn.Module):
 
 # %% ../nbs/42_unet.ipynb #8484be05
 class UNet(Model):
-    "T-UNet: predict noise or velocity from a noisy latent, the step and contexts (AudioLDM 2, sec. III-D1)"
+    """T-UNet: predict noise or velocity from a noisy latent, the step and contexts (AudioLDM 2, sec. III-D1)
+
+    Parameters
+    ----------
+    cfg : UNetConfig
+        widths, sites, contexts
+    """
     config_class, component = UNetConfig, 'ldm'
     from_foreign = classmethod(lambda cls, path: read_unet(path))
 
@@ -252,7 +372,22 @@ class UNet(Model):
         t:Tensor, # `(B,)` int64, 0-based step
         cond=None, # `Condition` with one context per non-None entry of `cfg.contexts`
     )->Tensor: # `(B, C, T, F)`
-        "Predict what the schedule asks for"
+        """Predict what the schedule asks for
+
+        Parameters
+        ----------
+        z_t : Tensor
+            `(B, C, T, F)` noisy latent
+        t : Tensor
+            `(B,)` int64, 0-based step
+        cond : default=None
+            `Condition` with one context per non-None entry of `cfg.contexts`
+
+        Returns
+        -------
+        Tensor
+            `(B, C, T, F)`
+        """
         contexts, emb = self.pair_contexts(cond), self.embed_time(t, cond.pooled if cond is not None else None)
         h = self.conv_in(z_t.to(self.conv_in.weight.dtype))
         skips = [h]
@@ -279,7 +414,18 @@ EMA_KEYS = [ # put the dots back: `input_blocks10transformer_blocks0ffnet2weight
 def official_unet(
     state:dict, # tensors of the official U-Net, `input_blocks.0.0.weight` and so on
 )->dict: # tensors for `UNet`
-    "Number blocks by level: the key map from the released code to diffusers and us"
+    """Number blocks by level: the key map from the released code to diffusers and us
+
+    Parameters
+    ----------
+    state : dict
+        tensors of the official U-Net, `input_blocks.0.0.weight` and so on
+
+    Returns
+    -------
+    dict
+        tensors for `UNet`
+    """
     steps = [int(m[1]) for k in state if (m := re.match(r'input_blocks\.(\d+)\.0\.op\.', k))]
     n = min(steps, default=3)  # blocks of a level, the step down included
     s = count_keys(state, r'^middle_block\.(\d+)\.norm\.')  # transformers of a site
@@ -303,7 +449,20 @@ def unet_from_shapes(
     state:dict, # tensors for `UNet`
     head_dim:int, # width of a head, which no tensor tells
 )->UNetConfig: # of the net they belong to
-    "Read all sizes but the heads from the tensors' shapes"
+    """Read all sizes but the heads from the tensors' shapes
+
+    Parameters
+    ----------
+    state : dict
+        tensors for `UNet`
+    head_dim : int
+        width of a head, which no tensor tells
+
+    Returns
+    -------
+    UNetConfig
+        of the net they belong to
+    """
     def size(name, axis=0):
         if f'{name}.weight' in state: return state[f'{name}.weight'].shape[axis]
         raise ValueError(f"{name}.weight is missing, from which the sizes are read")
@@ -322,7 +481,18 @@ def unet_from_shapes(
 def unet_from_diffusers(
     values:dict, # `config.json` of `AudioLDM2UNet2DConditionModel` or `UNet2DConditionModel`
 )->UNetConfig: # the same net
-    "Translate a config of diffusers; `ValueError` where it asks for a net that is not ours"
+    """Translate a config of diffusers; `ValueError` where it asks for a net that is not ours
+
+    Parameters
+    ----------
+    values : dict
+        `config.json` of `AudioLDM2UNet2DConditionModel` or `UNet2DConditionModel`
+
+    Returns
+    -------
+    UNetConfig
+        the same net
+    """
     usual = dict(act_fn='silu', flip_sin_to_cos=True, freq_shift=0, norm_eps=1e-5, class_embed_type=None,
                  resnet_time_scale_shift='default', time_embedding_type='positional', only_cross_attention=False)
     if odd := {k: values[k] for k, v in usual.items() if values.get(k, v) != v}: raise ValueError(f"not our net: {odd}")
@@ -342,7 +512,20 @@ def read_unet(
     path, # folder of diffusers (or of a pipeline), official AudioLDM 2 file, Tango's folder
     ema:bool=False, # of an official file, take the running average even where the raw weights are there too
 )->UNet: # with the published weights
-    "Build the T-UNet from published weights, and say where its number of heads comes from"
+    """Build the T-UNet from published weights, and say where its number of heads comes from
+
+    Parameters
+    ----------
+    path
+        folder of diffusers (or of a pipeline), official AudioLDM 2 file, Tango's folder
+    ema : bool, default=False
+        of an official file, take the running average even where the raw weights are there too
+
+    Returns
+    -------
+    UNet
+        with the published weights
+    """
     values, state = read_foreign(path, 'unet', 'pytorch_model_main.bin', 'pytorch_model_main.safetensors')
     is_raw = any(k.endswith('input_blocks.0.0.weight') for k in state) and not ema
     if values: cfg, source = unet_from_diffusers(values), 'its config.json'
@@ -367,7 +550,20 @@ def add_context(
     unet:UNet, # trained net; left as it is
     dim:int|None, # width of the new context
 )->UNet: # the same function, with one more transformer at the end of each site
-    "Append a context transformer whose output starts at zero (AudioLDM 2, sec. III-D1)"
+    """Append a context transformer whose output starts at zero (AudioLDM 2, sec. III-D1)
+
+    Parameters
+    ----------
+    unet : UNet
+        trained net; left as it is
+    dim : int|None
+        width of the new context
+
+    Returns
+    -------
+    UNet
+        the same function, with one more transformer at the end of each site
+    """
     new = UNet(replace(unet.cfg, contexts=(*unet.cfg.contexts, dim))).to(unet.conv_in.weight)
     old, target, n = unet.state_dict(), new.state_dict(), len(unet.cfg.contexts)
     for key, value in old.items():

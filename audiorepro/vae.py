@@ -21,7 +21,27 @@ from .training import Recipe, TrainConfig, tensor_batches
 # %% ../nbs/30_vae.ipynb #e5ae7364
 @dataclass(frozen=True)
 class VAEConfig(Config):
-    "Shape of the autoencoder and weight of its KL term"
+    """Shape of the autoencoder and weight of its KL term
+
+    Parameters
+    ----------
+    channels : int, default=128
+        width of the first level
+    channel_mult : tuple[int,...], default=(1,2,4)
+        widths in units of `channels`; time and frequency halve between levels
+    num_res_blocks : int, default=2
+        per level of the encoder; the decoder has one more
+    z_channels : int, default=8
+        of the latent
+    groups : int, default=32
+        of every GroupNorm
+    mel_mean : float, default=0.
+        nats, subtracted from the log-mel inside the model
+    mel_std : float, default=1.
+        nats, divides it
+    kl_weight : float, default=1000.
+        against the reconstruction, both summed
+    """
     channels:int=128                     # width of the first level
     channel_mult:tuple[int,...]=(1,2,4)  # widths in units of `channels`; time and frequency halve between levels
     num_res_blocks:int=2                 # per level of the encoder; the decoder has one more
@@ -48,7 +68,13 @@ class VAEConfig(Config):
     def check_mel(self,
         mel:Tensor, # `(B, 1, T, F)`
     ):
-        "Refuse a mel that cannot be halved often enough"
+        """Refuse a mel that cannot be halved often enough
+
+        Parameters
+        ----------
+        mel : Tensor
+            `(B, 1, T, F)`
+        """
         c = self.compression
         if mel.ndim != 4 or mel.shape[1] != 1 or mel.shape[2] % c or mel.shape[3] % c:
             raise ValueError(f"mel must be (B, 1, T, F) with T and F multiples of {c}, got {tuple(mel.shape)}")
@@ -59,7 +85,15 @@ class VAEConfig(Config):
 
 # %% ../nbs/30_vae.ipynb #c6af800d
 class Posterior:
-    "Diagonal Gaussian over latents, one mean and one variance per element"
+    """Diagonal Gaussian over latents, one mean and one variance per element
+
+    Parameters
+    ----------
+    mean : Tensor
+        `(B, C, T, F)` centre
+    logvar : Tensor
+        `(B, C, T, F)` log of the variance, clamped to [-30, 20]
+    """
     def __init__(self,
         mean:Tensor, # `(B, C, T, F)` centre
         logvar:Tensor, # `(B, C, T, F)` log of the variance, clamped to [-30, 20]
@@ -72,22 +106,51 @@ class Posterior:
     def sample(self,
         generator:torch.Generator|None=None, # source of the noise, on the CPU or where the mean is
     )->Tensor: # `(B, C, T, F)` latent that lets gradients through
-        "Draw a latent as mean plus scaled noise (Kingma and Welling 2014, sec. 2.4)"
+        """Draw a latent as mean plus scaled noise (Kingma and Welling 2014, sec. 2.4)
+
+        Parameters
+        ----------
+        generator : torch.Generator|None, default=None
+            source of the noise, on the CPU or where the mean is
+
+        Returns
+        -------
+        Tensor
+            `(B, C, T, F)` latent that lets gradients through
+        """
         device = generator.device if generator is not None else self.mean.device
         eps = torch.randn(self.mean.shape, generator=generator, device=device)
         return self.mean + self.std*eps.to(self.mean)
 
     def mode(self)->Tensor: # `(B, C, T, F)`
-        "The most likely latent: the mean"
+        """The most likely latent: the mean
+
+        Returns
+        -------
+        Tensor
+            `(B, C, T, F)`
+        """
         return self.mean
 
     def kl(self)->Tensor: # `(B,)` nats, summed over the latent
-        "Divergence from the unit Gaussian (Kingma and Welling 2014, app. B)"
+        """Divergence from the unit Gaussian (Kingma and Welling 2014, app. B)
+
+        Returns
+        -------
+        Tensor
+            `(B,)` nats, summed over the latent
+        """
         return .5*(self.mean**2 + self.logvar.exp() - 1 - self.logvar).flatten(1).sum(1)
 
 # %% ../nbs/30_vae.ipynb #fbe61593
 class Downsample(nn.Module):
-    "Halve time and frequency by a strided convolution, padded only at the far ends"
+    """Halve time and frequency by a strided convolution, padded only at the far ends
+
+    Parameters
+    ----------
+    channels : int
+        in and out
+    """
     def __init__(self,
         channels:int, # in and out
     ):
@@ -97,7 +160,13 @@ class Downsample(nn.Module):
     def forward(self, x): return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 class Upsample(nn.Module):
-    "Double time and frequency by repetition, then smooth by a convolution"
+    """Double time and frequency by repetition, then smooth by a convolution
+
+    Parameters
+    ----------
+    channels : int
+        in and out
+    """
     def __init__(self,
         channels:int, # in and out
     ):
@@ -108,7 +177,15 @@ class Upsample(nn.Module):
 
 # %% ../nbs/30_vae.ipynb #25a1933a
 class MidAttention(nn.Module):
-    "Single-head self-attention over all positions of a picture, with a residual"
+    """Single-head self-attention over all positions of a picture, with a residual
+
+    Parameters
+    ----------
+    channels : int
+        in and out; also the width of the head
+    groups : int
+        of the GroupNorm
+    """
     def __init__(self,
         channels:int, # in and out; also the width of the head
         groups:int, # of the GroupNorm
@@ -124,7 +201,15 @@ class MidAttention(nn.Module):
         return x + self.to_out[0](h).transpose(1, 2).reshape(x.shape)
 
 class MidBlock(nn.Module):
-    "The lowest level: residual block, attention, residual block"
+    """The lowest level: residual block, attention, residual block
+
+    Parameters
+    ----------
+    channels : int
+        in and out
+    groups : int
+        of every GroupNorm
+    """
     def __init__(self,
         channels:int, # in and out
         groups:int, # of every GroupNorm
@@ -137,7 +222,21 @@ class MidBlock(nn.Module):
 
 # %% ../nbs/30_vae.ipynb #1156a7dc
 class Level(nn.Module):
-    "Residual blocks at one resolution, then a change of resolution unless it is the last level"
+    """Residual blocks at one resolution, then a change of resolution unless it is the last level
+
+    Parameters
+    ----------
+    in_ch : int
+        channels in
+    out_ch : int
+        channels out
+    num_blocks : int
+        residual blocks
+    groups : int
+        of every GroupNorm
+    resample : tuple[str,nn.Module]|None
+        name and module, as diffusers calls them
+    """
     def __init__(self,
         in_ch:int, # channels in
         out_ch:int, # channels out
@@ -157,7 +256,13 @@ class Level(nn.Module):
 
 # %% ../nbs/30_vae.ipynb #4021406d
 class Encoder(nn.Module):
-    "Picture to moments: levels that halve, a middle with attention, `2*z_channels` out"
+    """Picture to moments: levels that halve, a middle with attention, `2*z_channels` out
+
+    Parameters
+    ----------
+    cfg : VAEConfig
+        widths, blocks, groups
+    """
     def __init__(self,
         cfg:VAEConfig, # widths, blocks, groups
     ):
@@ -177,7 +282,13 @@ class Encoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
 
 class Decoder(nn.Module):
-    "Latent to picture: the encoder's mirror with one more residual block per level"
+    """Latent to picture: the encoder's mirror with one more residual block per level
+
+    Parameters
+    ----------
+    cfg : VAEConfig
+        widths, blocks, groups
+    """
     def __init__(self,
         cfg:VAEConfig, # widths, blocks, groups
     ):
@@ -212,7 +323,18 @@ class VAE(Model):
     def encode(self,
         mel:Tensor, # `(B, 1, T, F)` natural-log mel; T and F multiples of the compression
     )->Posterior: # over latents `(B, z_channels, T/4, F/4)`
-        "Log-mel to a Gaussian over latents"
+        """Log-mel to a Gaussian over latents
+
+        Parameters
+        ----------
+        mel : Tensor
+            `(B, 1, T, F)` natural-log mel; T and F multiples of the compression
+
+        Returns
+        -------
+        Posterior
+            over latents `(B, z_channels, T/4, F/4)`
+        """
         self.cfg.check_mel(mel)
         x = self.encoder((mel - self.cfg.mel_mean)/self.cfg.mel_std)
         return Posterior(*self.quant_conv(x).to(mel.dtype).chunk(2, 1))
@@ -220,21 +342,56 @@ class VAE(Model):
     def decode(self,
         z:Tensor, # `(B, z_channels, T/4, F/4)` unscaled latent
     )->Tensor: # `(B, 1, T, F)` natural-log mel
-        "Latent to log-mel"
+        """Latent to log-mel
+
+        Parameters
+        ----------
+        z : Tensor
+            `(B, z_channels, T/4, F/4)` unscaled latent
+
+        Returns
+        -------
+        Tensor
+            `(B, 1, T, F)` natural-log mel
+        """
         return self.decoder(self.post_quant_conv(z)).to(z.dtype)*self.cfg.mel_std + self.cfg.mel_mean
 
     def to_latent(self,
         mel:Tensor, # `(B, 1, T, F)` natural-log mel
         generator:torch.Generator|None=None, # None takes the mean instead of a sample
     )->Tensor: # `z_0` of about unit variance
-        "Log-mel to the scaled latent in which diffusion works"
+        """Log-mel to the scaled latent in which diffusion works
+
+        Parameters
+        ----------
+        mel : Tensor
+            `(B, 1, T, F)` natural-log mel
+        generator : torch.Generator|None, default=None
+            None takes the mean instead of a sample
+
+        Returns
+        -------
+        Tensor
+            `z_0` of about unit variance
+        """
         p = self.encode(mel)
         return (p.mode() if generator is None else p.sample(generator))*self.scale_factor
 
     def from_latent(self,
         z_0:Tensor, # scaled latent
     )->Tensor: # `(B, 1, T, F)` natural-log mel
-        "Scaled latent back to log-mel"
+        """Scaled latent back to log-mel
+
+        Parameters
+        ----------
+        z_0 : Tensor
+            scaled latent
+
+        Returns
+        -------
+        Tensor
+            `(B, 1, T, F)` natural-log mel
+        """
         return self.decode(z_0/self.scale_factor)
 
 # %% ../nbs/30_vae.ipynb #8f57f7f9
@@ -243,7 +400,18 @@ def _flat(x): return x.reshape(x.shape[:2])  # a 1x1 convolution is a matrix
 def vae_keys(
     levels:int, # of the autoencoder
 )->list: # rules for `map_keys`: released code -> diffusers and us
-    "Rename the released autoencoder"
+    """Rename the released autoencoder
+
+    Parameters
+    ----------
+    levels : int
+        of the autoencoder
+
+    Returns
+    -------
+    list
+        rules for `map_keys`: released code -> diffusers and us
+    """
     return [(r'^(vocoder|loss)\.', None), (r'\.norm_out', '.conv_norm_out'), (r'nin_shortcut', 'conv_shortcut'),
             (r'mid\.block_1', 'mid_block.resnets.0'), (r'mid\.block_2', 'mid_block.resnets.1'),
             (r'mid\.attn_1\.norm', 'mid_block.attentions.0.group_norm'),
@@ -256,7 +424,18 @@ def vae_keys(
 def read_vae(
     path, # folder of diffusers (or of a pipeline), official AudioLDM 2 file, or a file with the VAE alone
 )->VAE: # with the published weights and scale
-    "Build the VAE from published weights"
+    """Build the VAE from published weights
+
+    Parameters
+    ----------
+    path
+        folder of diffusers (or of a pipeline), official AudioLDM 2 file, or a file with the VAE alone
+
+    Returns
+    -------
+    VAE
+        with the published weights and scale
+    """
     values, state = read_foreign(path, 'vae')
     scale = torch.as_tensor(float(state.get('scale_factor', values.get('scaling_factor', 1.))))
     state = strip_to(state, 'encoder.conv_in.weight', path)
@@ -276,7 +455,22 @@ def vae_loss(
     batch:dict, # `mel`: `(B, 1, T, F)` or `(B, T, F)` natural-log mel
     ctx, # `ctx.generator`: noise; `ctx.device`
 )->dict: # `loss`, and `loss_rec`, `loss_kl` per spectrogram bin, `l1` in nats
-    "Absolute error plus weighted KL, both summed over a picture and divided by its size (AudioLDM 2, sec. III-B4)"
+    """Absolute error plus weighted KL, both summed over a picture and divided by its size (AudioLDM 2, sec. III-B4)
+
+    Parameters
+    ----------
+    model : VAE
+        trained
+    batch : dict
+        `mel`: `(B, 1, T, F)` or `(B, T, F)` natural-log mel
+    ctx
+        `ctx.generator`: noise; `ctx.device`
+
+    Returns
+    -------
+    dict
+        `loss`, and `loss_rec`, `loss_kl` per spectrogram bin, `l1` in nats
+    """
     mel = batch['mel'].to(ctx.device).float()
     mel = mel[:, None] if mel.ndim == 3 else mel
     posterior = model.encode(mel)
@@ -293,7 +487,24 @@ def measure_scale(
     seed:int=0, # of the sampled latents
     batch_size:int=16, # mels at a time
 )->dict: # `scale_factor`, and the `l1` of the reconstructions in nats
-    "Set `scale_factor` to one over the latents' standard deviation (released code, `scale_by_std`)"
+    """Set `scale_factor` to one over the latents' standard deviation (released code, `scale_by_std`)
+
+    Parameters
+    ----------
+    model : VAE
+        its buffer `scale_factor` is replaced
+    mel : Tensor
+        `(N, T, F)` or `(N, 1, T, F)` natural-log mels
+    seed : int, default=0
+        of the sampled latents
+    batch_size : int, default=16
+        mels at a time
+
+    Returns
+    -------
+    dict
+        `scale_factor`, and the `l1` of the reconstructions in nats
+    """
     generator, latents, errors = make_generator(seed), [], []
     for m in mel.reshape(-1, 1, *mel.shape[-2:]).split(batch_size):
         m = m.float().to(model.device)
@@ -308,7 +519,22 @@ def toy_recipe(
     weights:str='mine', # unused: nothing lies below the VAE
     seed:int=0, # of first weights, order and noise
 )->Recipe: # for `run_recipe`
-    "Train the toy VAE on pieces of 1.28 s; the last 256 clips are kept for validation and for the scale"
+    """Train the toy VAE on pieces of 1.28 s; the last 256 clips are kept for validation and for the scale
+
+    Parameters
+    ----------
+    budget : str, default='short'
+        'short' or 'full': number of steps
+    weights : str, default='mine'
+        unused: nothing lies below the VAE
+    seed : int, default=0
+        of first weights, order and noise
+
+    Returns
+    -------
+    Recipe
+        for `run_recipe`
+    """
     steps = dict(short=1000, full=1000)[budget]  # alike: all that follows stands on this VAE
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)

@@ -26,7 +26,29 @@ from .training import Recipe, TrainConfig, tensor_batches
 # %% ../nbs/32_vocoder.ipynb #377d2e81
 @dataclass(frozen=True)
 class HifiGanConfig(Config):
-    "Shape of the generator"
+    """Shape of the generator
+
+    Parameters
+    ----------
+    n_mels : int, default=64
+        bands of the log-mel
+    upsample_rates : tuple[int,...], default=(5,4,2,2,2)
+        their product is the number of samples a frame
+    upsample_kernels : tuple[int,...], default=(16,16,8,4,4)
+        of the transposed convolutions
+    channels : int, default=1024
+        before the first stage; each stage halves them
+    resblock_kernels : tuple[int,...], default=(3,7,11)
+        one residual block each, in every stage
+    resblock_dilations : tuple[tuple[int,...],...], default=((1,3,5),)*3
+        one pair of convolutions each
+    leaky_slope : float, default=.1
+        of the leaky ReLUs but the last, which has .01
+    normalize_before : bool, default=False
+        subtract `mean` and divide by `scale`, both stored
+    sample_rate : int, default=16_000
+        Hz
+    """
     n_mels:int=64                                       # bands of the log-mel
     upsample_rates:tuple[int,...]=(5,4,2,2,2)           # their product is the number of samples a frame
     upsample_kernels:tuple[int,...]=(16,16,8,4,4)       # of the transposed convolutions
@@ -60,7 +82,19 @@ class HifiGanConfig(Config):
 
 # %% ../nbs/32_vocoder.ipynb #f1ed808e
 class ResBlock1d(nn.Module):
-    "Pairs of convolutions, the first of each spread out, each pair beside a shortcut (Kong et al. 2020, app. A.1)"
+    """Pairs of convolutions, the first of each spread out, each pair beside a shortcut (Kong et al. 2020, app. A.1)
+
+    Parameters
+    ----------
+    channels : int
+        in and out
+    kernel : int
+        width of every convolution
+    dilations : tuple
+        one pair each
+    leaky_slope : float
+        of the leaky ReLUs
+    """
     def __init__(self,
         channels:int, # in and out
         kernel:int, # width of every convolution
@@ -110,7 +144,18 @@ class HifiGan(Model):
     def to_wav(self,
         mel:Tensor, # `(B, 1, T, F)` natural-log mel
     )->Tensor: # `(B, T*hop_length)` waveform in (-1, 1)
-        "Waveforms of exactly T hops"
+        """Waveforms of exactly T hops
+
+        Parameters
+        ----------
+        mel : Tensor
+            `(B, 1, T, F)` natural-log mel
+
+        Returns
+        -------
+        Tensor
+            `(B, T*hop_length)` waveform in (-1, 1)
+        """
         return self(mel)[:, :mel.shape[2]*self.cfg.hop_length]
 
     def save_pretrained(self, folder, dtype=None, metadata=None):
@@ -123,7 +168,18 @@ class HifiGan(Model):
 def add_weight_norm(
     module:nn.Module, # every convolution in it is changed in place
 )->nn.Module: # the same module
-    "Split each kernel into length and direction (Salimans and Kingma 2016, eq. 2)"
+    """Split each kernel into length and direction (Salimans and Kingma 2016, eq. 2)
+
+    Parameters
+    ----------
+    module : nn.Module
+        every convolution in it is changed in place
+
+    Returns
+    -------
+    nn.Module
+        the same module
+    """
     for m in list(module.modules()):
         if isinstance(m, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d)): weight_norm(m)
     return module
@@ -131,7 +187,18 @@ def add_weight_norm(
 def fold_weight_norm(
     module:nn.Module, # changed in place
 )->nn.Module: # the same module, with plain weights that give the same answer
-    "Multiply length and direction again: training is over"
+    """Multiply length and direction again: training is over
+
+    Parameters
+    ----------
+    module : nn.Module
+        changed in place
+
+    Returns
+    -------
+    nn.Module
+        the same module, with plain weights that give the same answer
+    """
     for m in list(module.modules()):
         if parametrize.is_parametrized(m): parametrize.remove_parametrizations(m, 'weight')
     return module
@@ -141,7 +208,20 @@ def from_official(
     state:dict, # name -> tensor: a released HiFi-GAN, a whole AudioLDM 2, or a transformers vocoder
     where='state', # named in the error
 )->dict: # name -> tensor, as `HifiGan` names them
-    "Find the vocoder, fold weight norm, rename; what the released layout lacks is filled in"
+    """Find the vocoder, fold weight norm, rename; what the released layout lacks is filled in
+
+    Parameters
+    ----------
+    state : dict
+        name -> tensor: a released HiFi-GAN, a whole AudioLDM 2, or a transformers vocoder
+    where : default='state'
+        named in the error
+
+    Returns
+    -------
+    dict
+        name -> tensor, as `HifiGan` names them
+    """
     state = map_keys(strip_to(state, 'conv_pre.bias', where), [(r'^ups\.', 'upsampler.'),
         (r'parametrizations\.weight\.original0$', 'weight_g'), (r'parametrizations\.weight\.original1$', 'weight_v')])
     for k in [k.removesuffix('_g') for k in state if k.endswith('.weight_g')]:
@@ -154,7 +234,18 @@ def from_official(
 def config_from(
     values:dict, # `config.json` of a transformers vocoder, or the JSON beside a released HiFi-GAN
 )->HifiGanConfig: # our settings
-    "Translate the settings of other vocoder formats; `ValueError` names what is missing"
+    """Translate the settings of other vocoder formats; `ValueError` names what is missing
+
+    Parameters
+    ----------
+    values : dict
+        `config.json` of a transformers vocoder, or the JSON beside a released HiFi-GAN
+
+    Returns
+    -------
+    HifiGanConfig
+        our settings
+    """
     is_hf = 'model_in_dim' in values
     names = dict(n_mels='model_in_dim' if is_hf else 'num_mels', upsample_rates='upsample_rates',
                  upsample_kernels='upsample_kernel_sizes', channels='upsample_initial_channel',
@@ -182,7 +273,17 @@ HifiGan.from_foreign = classmethod(_read_vocoder)
 # %% ../nbs/32_vocoder.ipynb #59775681
 @dataclass(frozen=True)
 class CriticConfig(Config):
-    "Shape of the discriminators (Kong et al. 2020, sec. 2.3 and the released code)"
+    """Shape of the discriminators (Kong et al. 2020, sec. 2.3 and the released code)
+
+    Parameters
+    ----------
+    periods : tuple[int,...], default=(2,3,5,7,11)
+        samples, prime
+    num_scales : int, default=3
+        the waveform, halved, quartered
+    shrink : int, default=1
+        divides all widths
+    """
     periods:tuple[int,...]=(2,3,5,7,11)  # samples, prime
     num_scales:int=3                     # the waveform, halved, quartered
     shrink:int=1                         # divides all widths
@@ -206,7 +307,15 @@ class Critic(nn.Module):
 
 # %% ../nbs/32_vocoder.ipynb #d8a9a5f1
 class PeriodCritic(Critic):
-    "Fold the waveform into rows of one period and compare along columns only (Kong et al. 2020, sec. 2.3)"
+    """Fold the waveform into rows of one period and compare along columns only (Kong et al. 2020, sec. 2.3)
+
+    Parameters
+    ----------
+    period : int
+        samples a row
+    shrink : int, default=1
+        divides all widths
+    """
     def __init__(self,
         period:int, # samples a row
         shrink:int=1, # divides all widths
@@ -221,7 +330,15 @@ class PeriodCritic(Critic):
         return self.look(wav.unflatten(1, (-1, self.period))[:, None])  # (B, 1, rows, period)
 
 class ScaleCritic(Critic):
-    "Grouped convolutions over the waveform, averaged down `halvings` times (Kumar et al. 2019, sec. 2.2)"
+    """Grouped convolutions over the waveform, averaged down `halvings` times (Kumar et al. 2019, sec. 2.2)
+
+    Parameters
+    ----------
+    halvings : int
+        0: as it is
+    shrink : int, default=1
+        divides all widths
+    """
     def __init__(self,
         halvings:int, # 0: as it is
         shrink:int=1, # divides all widths
@@ -239,7 +356,13 @@ class ScaleCritic(Critic):
 
 # %% ../nbs/32_vocoder.ipynb #7856a3c2
 class Critics(nn.Module):
-    "All discriminators: one for each period, one for each scale (Kong et al. 2020, sec. 2.3)"
+    """All discriminators: one for each period, one for each scale (Kong et al. 2020, sec. 2.3)
+
+    Parameters
+    ----------
+    cfg : CriticConfig
+        periods, scales, widths
+    """
     def __init__(self,
         cfg:CriticConfig, # periods, scales, widths
     ):
@@ -258,19 +381,57 @@ def rival_loss(
     real:list, # `(score, features)` of each critic for real waveforms
     fake:list, # the same for generated ones
 )->Tensor: # scalar, summed over critics
-    "Least squares: real should score 1, made 0 (Kong et al. 2020, eq. 1)"
+    """Least squares: real should score 1, made 0 (Kong et al. 2020, eq. 1)
+
+    Parameters
+    ----------
+    real : list
+        `(score, features)` of each critic for real waveforms
+    fake : list
+        the same for generated ones
+
+    Returns
+    -------
+    Tensor
+        scalar, summed over critics
+    """
     return sum(((1 - r)**2).mean() + (f**2).mean() for (r, _), (f, _) in zip(real, fake))
 
 def adversarial_loss(
     fake:list, # `(score, features)` of each critic for generated waveforms
 )->Tensor: # scalar, summed over critics
-    "Least squares: what was made should score 1 (Kong et al. 2020, eq. 2)"
+    """Least squares: what was made should score 1 (Kong et al. 2020, eq. 2)
+
+    Parameters
+    ----------
+    fake : list
+        `(score, features)` of each critic for generated waveforms
+
+    Returns
+    -------
+    Tensor
+        scalar, summed over critics
+    """
     return sum(((1 - f)**2).mean() for f, _ in fake)
 
 # %% ../nbs/32_vocoder.ipynb #315f6205
 @dataclass(frozen=True)
 class VocoderLoss(Config):
-    "Losses of both players on random pieces of the clips (Kong et al. 2020, eq. 5-8)"
+    """Losses of both players on random pieces of the clips (Kong et al. 2020, eq. 5-8)
+
+    Parameters
+    ----------
+    segment : int, default=8160
+        samples of a piece, a multiple of the hop
+    lambda_fm : float, default=2.
+        weight of the feature loss
+    lambda_mel : float, default=45.
+        weight of the mel loss
+    rival_start : int, default=0
+        step at which the critics join
+    mel : MelConfig, default=MelConfig()
+        of the input and of the mel loss
+    """
     segment:int=8160             # samples of a piece, a multiple of the hop
     lambda_fm:float=2.           # weight of the feature loss
     lambda_mel:float=45.         # weight of the mel loss
@@ -313,7 +474,20 @@ def stft_distance(
     wav:Tensor, # `(B, samples)`
     target:Tensor, # `(B, samples)` the original
 )->Tensor: # `(B,)` mean over three resolutions
-    "Spectral convergence plus difference of log magnitudes (Yamamoto, Song and Kim 2020, eq. 4-6)"
+    """Spectral convergence plus difference of log magnitudes (Yamamoto, Song and Kim 2020, eq. 4-6)
+
+    Parameters
+    ----------
+    wav : Tensor
+        `(B, samples)`
+    target : Tensor
+        `(B, samples)` the original
+
+    Returns
+    -------
+    Tensor
+        `(B,)` mean over three resolutions
+    """
     total = 0.
     for n_fft, hop, win in ((512, 50, 240), (1024, 120, 600), (2048, 240, 1200)):
         window = torch.hann_window(win, device=wav.device)
@@ -329,7 +503,22 @@ def toy_recipe(
     weights:str='mine', # unused: nothing lies below the vocoder
     seed:int=0, # of first weights, order and pieces
 )->Recipe: # for `run_recipe`
-    "Train the toy vocoder on pieces of a quarter of a second; 16 further clips measure it"
+    """Train the toy vocoder on pieces of a quarter of a second; 16 further clips measure it
+
+    Parameters
+    ----------
+    budget : str, default='short'
+        'short' or 'full': number of steps
+    weights : str, default='mine'
+        unused: nothing lies below the vocoder
+    seed : int, default=0
+        of first weights, order and pieces
+
+    Returns
+    -------
+    Recipe
+        for `run_recipe`
+    """
     steps, rival_start = dict(short=(2000, 1400), full=(40_000, 2000))[budget]
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)

@@ -2,12 +2,14 @@
 
     python tests/lessons.py run            # every lesson and solution, each in a fresh kernel
     python tests/lessons.py run 12 33      # these numbers only
-    python tests/lessons.py stale          # those whose outputs are older than their code
+    python tests/lessons.py stale          # those whose outputs are older than their code, modules exported without docstrings
     python tests/lessons.py exercises      # make nbs/exercises from nbs/solutions
     python tests/lessons.py exercises --check  # only tell whether they are in step
 """
 import argparse, fcntl, hashlib, json, os, re, tempfile, time
 from pathlib import Path
+
+from export import undressed
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
@@ -136,7 +138,8 @@ def main():
     if args.what == 'stale':
         late = stale()
         if late: raise SystemExit(f"outputs older than code: {', '.join(late)}; run `make notebooks`")
-        return print('all outputs belong to the present code')
+        if bare := undressed(): raise SystemExit(f"exported by nbdev alone, without docstrings: {', '.join(bare)}; run `make export`")
+        return print('all outputs belong to the present code, all docstrings to their signatures')
     for path in lessons(args.numbers):
         print(f'{key(path)}: {execute(path):.1f} s', flush=True)
 

@@ -49,6 +49,7 @@ def test_wheel_works_outside_the_checkout(tmp_path):
     assert wheel.stat().st_size < 35e6
     site = tmp_path/'site'
     run('-m', 'pip', 'install', '--no-deps', '-q', '--target', site, wheel)
+    assert (site/'audiorepro/py.typed').exists()
     code = ('import sys; sys.path.insert(0, sys.argv[1]); import audiorepro; assert audiorepro.__file__.startswith(sys.argv[1]), audiorepro.__file__; '
             'from audiorepro.cli import main; sys.exit(main(["say", "a dog barks", "--out", "dog.wav", "--steps", "2"]))')
     run('-c', code, site, cwd=tmp_path)

@@ -5,7 +5,7 @@ import ast, importlib.util, io, json, re, subprocess, sys, tokenize
 from collections import Counter
 from pathlib import Path
 
-import nbformat
+import export, nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,7 +173,8 @@ def modules_without_notebook(package, notebooks):
 
 
 def long_modules(package):
-    sizes = {p.name: len(p.read_text().split('\n')) for p in sorted(package.glob('*.py')) if p.name != '_modidx.py'}
+    "Lines as nbdev exported them: what tests/export.py adds to the docstrings is not counted, it says the same words once more"
+    sizes = {p.name: len(export.undress(p.read_text()).split('\n')) for p in sorted(package.glob('*.py')) if p.name != '_modidx.py'}
     return [f'{n} has {k} lines, stop at {MODULE_LINES}' for n, k in sizes.items() if k > MODULE_LINES]
 
 
@@ -194,14 +195,15 @@ def comparable(text):
 
 
 def out_of_step(path, package, folder):
-    "Export a notebook into `folder` and compare with the module in `package`"
+    "Export a notebook into `folder`, with docstrings as `make export` does, and compare with the module in `package`"
     from nbdev.export import nb_export
     own = module(json.loads(path.read_text()))
     (Path(folder)/'__init__.py').touch()
     nb_export(str(path), lib_path=str(folder))
     made, kept = Path(folder)/f'{own}.py', package/f'{own}.py'
+    made.write_text(export.dress(made.read_text()))
     if not kept.exists(): return [f'{own}.py was never exported']
-    return [] if comparable(made.read_text()) == comparable(kept.read_text()) else [f'{own}.py differs from its notebook: run nbdev_export']
+    return [] if comparable(made.read_text()) == comparable(kept.read_text()) else [f'{own}.py differs from its notebook: run `make export`']
 
 
 def slow_import(statement):
@@ -337,6 +339,10 @@ def test_undefined_name_fails(tmp_path):
 def test_long_module_and_big_file_fail(tmp_path):
     (tmp_path/'long.py').write_text('x = 1\n'*401)
     assert long_modules(tmp_path) and big_files([tmp_path/'long.py'], 1)
+    (tmp_path/'long.py').write_text('def f(\n    x, # one\n):\n    "Do"\n' + '    x = 1\n'*395)
+    assert not long_modules(tmp_path)
+    (tmp_path/'long.py').write_text(export.dress((tmp_path/'long.py').read_text()))
+    assert len((tmp_path/'long.py').read_text().split('\n')) > MODULE_LINES and not long_modules(tmp_path)  # not counted
 
 
 def test_edited_module_fails(tmp_path):
