@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .core import Config, Model, make_generator
+from .core import Config, Model, as_device, check_int, check_number, count_params, make_generator
 from .audio import normalize, turn_down
 from .mel import FbankConfig, MelConfig, audiomae_input, griffin_lim, log_mel
 from .text import Tokenizer, check_prompt
@@ -26,8 +26,8 @@ from .vae import VAE
 from .audiomae import AudioMAE
 from .vocoder import HifiGan
 from .clap import CLAP
-from .diffusion import Schedule, diffusion_loss
-from .sampling import Condition, sample_ddim
+from .diffusion import Schedule, diffusion_loss, start_noise
+from .sampling import Condition, check_sampling, item_seeds, sample_ddim
 from .unet import UNet, UNetConfig, add_context
 from .ldm import true_latents
 from .t5 import T5
@@ -210,7 +210,7 @@ class AudioLDM2:
     @classmethod
     def from_pretrained(cls,
         name='toy', # `"toy"`, `"mine"`, a folder of ours, or a published system: folder, file or hub id
-        device='cpu', # where the parts go
+        device='cpu', # where the parts go: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
         dtype:torch.dtype=torch.float32, # of the weights
         null_loa:str='zeros', # see `AudioLDM2`
         **options, # `head_layout` and `text_padding` of a published system, see `public.read_pipeline`
@@ -222,7 +222,7 @@ class AudioLDM2:
         name : default='toy'
             `"toy"`, `"mine"`, a folder of ours, or a published system: folder, file or hub id
         device : default='cpu'
-            where the parts go
+            where the parts go: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
         dtype : torch.dtype, default=torch.float32
             of the weights
         null_loa : str, default='zeros'
@@ -230,6 +230,7 @@ class AudioLDM2:
         **options
             `head_layout` and `text_padding` of a published system, see `public.read_pipeline`
         """
+        device = as_device(device)
         if path := find_pipeline(name):
             p = read_pipeline(path, **options)
             cfg = AudioLDM2Config(p['unet'].cfg, p['loa'].cfg, p['schedule'], p['mel'], clip_seconds=p['clip_seconds'])
@@ -269,8 +270,16 @@ class AudioLDM2:
 
     def to(self, device=None, dtype=None): # a torch device, a floating type
         "Move every part"
-        for part in self.parts(): getattr(part, 'model', part).to(device=device, dtype=dtype)
+        for part in self.parts(): getattr(part, 'model', part).to(device=device and as_device(device), dtype=dtype)
         return self
+
+    @property
+    def device(self): return self.halves.device
+
+    def __repr__(self): # parts with their millions of parameters, type and device, length and rate
+        sizes = (f'{type(p).__name__} {count_params(getattr(p, "model", p))/1e6:.1f}M' for p in self.parts())
+        dtype, rate = str(next(self.halves.parameters()).dtype).removeprefix('torch.'), f'{self.sample_rate} Hz'
+        return f"AudioLDM2({', '.join(sizes)}; {dtype} on {self.device}; {self.cfg.clip_seconds:g} s at {rate})"
 
 # %% ../nbs/53_audioldm2.ipynb #84b27dc5
 @torch.no_grad()
@@ -366,8 +375,7 @@ def latent_frames(
     tuple
         (latent frames, samples)
     """
-    if not 0 < seconds <= 4*cfg.clip_seconds:
-        raise ValueError(f"audio_length_in_s must lie in (0, {4*cfg.clip_seconds:g}], got {seconds}")
+    check_number('audio_length_in_s', seconds, 1/cfg.mel.sample_rate, 4*cfg.clip_seconds)
     if seconds > cfg.clip_seconds + 1e-6:
         warnings.warn(f"{seconds:g} s is longer than the {cfg.clip_seconds:g} s clips of training", stacklevel=3)
     samples, step = round(seconds*cfg.mel.sample_rate), 4*cfg.mel.hop_length * 2**(len(cfg.unet.channels) - 1)
@@ -382,22 +390,14 @@ def _as_list(pipe, text, name):
     if isinstance(pipe.t5.tokenizer, Tokenizer): pipe.t5.tokenizer.encode(texts, warn_unknown=True)
     return texts
 
-def _as_seeds(seed, count, copies):
-    "One seed or one per prompt -> one per item"
-    if seed is None: return None
-    seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-    if len(seeds) != count:
-        raise ValueError(f"seed must be an int or one int per prompt, got {len(seeds)} seeds for {count} prompts")
-    return [s + j for s in seeds for j in range(copies)]
-
 def _both_branches(pipe, prompts, negative_prompt, copies):
     "Condition of the prompts and what to move away from, each text `copies` times"
     repeat = lambda texts: [t for t in texts for _ in range(copies)]
-    cond = encode_prompts(pipe, repeat(prompts))
-    if negative_prompt is None: return cond, encode_nothing(pipe, cond)
-    negative = _as_list(pipe, negative_prompt, 'negative_prompt')
+    negative = prompts if negative_prompt is None else _as_list(pipe, negative_prompt, 'negative_prompt')
     if len(negative) not in (1, len(prompts)):
         raise ValueError(f"negative_prompt must be one text or one per prompt, got {len(negative)} for {len(prompts)}")
+    cond = encode_prompts(pipe, repeat(prompts))
+    if negative_prompt is None: return cond, encode_nothing(pipe, cond)
     negative = repeat(negative*(len(prompts)//len(negative)))
     return cond, encode_prompts(pipe, negative, _common_length(pipe, cond))
 
@@ -408,18 +408,18 @@ def generate(
     prompt:str|list, # what to hear, one text or several
     negative_prompt:str|list|None=None, # what to move away from; None is the empty condition
     audio_length_in_s:float|None=None, # None is the length of the training clips
-    num_inference_steps:int=50, # DDIM steps
-    guidance_scale:float=3.5, # 1 is no guidance
+    num_inference_steps:int=50, # DDIM steps, 1 .. steps of training
+    guidance_scale:float=3.5, # 1 is no guidance, -100 .. 100
     guidance_rescale:float=0., # takes contrast back that guidance adds, 0 .. 1, see `sampling.rescale_guided`
     num_waveforms_per_prompt:int=1, # candidates, returned best CLAP score first
-    eta:float=0., # 0 is deterministic DDIM, 1 is as noisy as DDPM
-    seed:int|list|None=None, # an int gives item i the seed `seed + i`
+    eta:float=0., # 0 is deterministic DDIM, 1 is as noisy as DDPM, 0 .. 1
+    seed:int|list|None=None, # one, or one per prompt, see `sampling.item_seeds`: each candidate has a seed of its own
     generator:torch.Generator|None=None, # used when there is no seed
-    latents:Tensor|None=None, # `(B, C, T, F)` starting noise
+    latents:Tensor|None=None, # `(B, C, T, F)` starting noise, finite
     output:str='wav', # 'wav' or 'latents'
     progress:bool=False, # show a bar
 )->Tensor: # `(B, samples)` float32 in [-1, 1], or scaled latents `(B, C, T, F)`
-    """Turn prompts into waveforms (AudioLDM 2, eq. 1)
+    """Turn prompts into waveforms (AudioLDM 2, eq. 1): same seed, same bytes on the same machine, build and thread count
 
     Parameters
     ----------
@@ -432,21 +432,21 @@ def generate(
     audio_length_in_s : float|None, default=None
         None is the length of the training clips
     num_inference_steps : int, default=50
-        DDIM steps
+        DDIM steps, 1 .. steps of training
     guidance_scale : float, default=3.5
-        1 is no guidance
+        1 is no guidance, -100 .. 100
     guidance_rescale : float, default=0.
         takes contrast back that guidance adds, 0 .. 1, see `sampling.rescale_guided`
     num_waveforms_per_prompt : int, default=1
         candidates, returned best CLAP score first
     eta : float, default=0.
-        0 is deterministic DDIM, 1 is as noisy as DDPM
+        0 is deterministic DDIM, 1 is as noisy as DDPM, 0 .. 1
     seed : int|list|None, default=None
-        an int gives item i the seed `seed + i`
+        one, or one per prompt, see `sampling.item_seeds`: each candidate has a seed of its own
     generator : torch.Generator|None, default=None
         used when there is no seed
     latents : Tensor|None, default=None
-        `(B, C, T, F)` starting noise
+        `(B, C, T, F)` starting noise, finite
     output : str, default='wav'
         'wav' or 'latents'
     progress : bool, default=False
@@ -457,13 +457,15 @@ def generate(
     Tensor
         `(B, samples)` float32 in [-1, 1], or scaled latents `(B, C, T, F)`
     """
-    prompts, copies, seconds = _as_list(pipe, prompt, 'prompt'), num_waveforms_per_prompt, audio_length_in_s
-    if copies < 1: raise ValueError(f"num_waveforms_per_prompt must be at least 1, got {copies}")
+    prompts, seconds = _as_list(pipe, prompt, 'prompt'), audio_length_in_s
+    copies = check_int('num_waveforms_per_prompt', num_waveforms_per_prompt, 1)
+    check_sampling(pipe.cfg.schedule, num_inference_steps, guidance_scale, guidance_rescale, eta)
     if output not in ('wav', 'latents'): raise ValueError(f"output must be 'wav' or 'latents', got {output!r}")
     frames, samples = latent_frames(pipe.cfg, pipe.cfg.clip_seconds if seconds is None else seconds)
-    seeds = _as_seeds(seed, len(prompts), copies)
-    cond, uncond = _both_branches(pipe, prompts, negative_prompt, copies)
+    seeds = None if seed is None else item_seeds(seed, len(prompts), copies)
     shape = (len(prompts)*copies, *latent_shape(pipe.cfg, frames))
+    if latents is not None: start_noise(shape, latents)  # refused before the texts are read
+    cond, uncond = _both_branches(pipe, prompts, negative_prompt, copies)
     z_0 = sample_ddim(
         pipe.halves.unet, shape, pipe.cfg.schedule, num_inference_steps, cond=cond, uncond=uncond,
         guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, eta=eta, latents=latents, progress=progress,

@@ -146,7 +146,8 @@ class AudioTower(nn.Module):
         x = torch.cat([x.mean(-1), x.amax(-1)], 1).transpose(1, 2)  # (B, T/16, 2C)
         if self.blocks:
             half = x.shape[-1]//2
-            y = x[..., :half] + x[..., half:] + timestep_embedding(torch.arange(x.shape[1], device=x.device), half)
+            y = x[..., :half] + x[..., half:]
+            y = y + timestep_embedding(torch.arange(x.shape[1], device=x.device), half).to(y.dtype)
             for block in self.blocks: y = block(y)
             x = torch.cat([y, x[..., half:]], -1)
         return self.proj(torch.cat([x.mean(1), x.amax(1)], -1))
@@ -173,7 +174,8 @@ class TextTower(nn.Module):
     def forward(self, texts):
         device = self.embed.weight.device
         ids, mask = (x.to(device) for x in self.tokenizer.encode(texts))
-        x = self.embed(ids) + timestep_embedding(torch.arange(ids.shape[1], device=device), self.embed.embedding_dim)
+        x = self.embed(ids)
+        x = x + timestep_embedding(torch.arange(ids.shape[1], device=device), x.shape[-1]).to(x.dtype)
         for block in self.blocks: x = block(x, mask)
         return self.proj(masked_mean(self.norm(x), mask))
 
@@ -260,7 +262,7 @@ class CLAP(Model):
         Tensor
             `(B, D)` of length 1
         """
-        return F.normalize(self.audio(mel.float()), dim=-1)
+        return F.normalize(self.audio(mel.to(self.logit_scale.dtype)), dim=-1)
 
     def encode_text(self,
         texts:list, # captions

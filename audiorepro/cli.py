@@ -354,10 +354,11 @@ def train_part(
         folder of the weights
     """
     from audiorepro.core import out_dir, write_atomic
+    from audiorepro.guard import delete_folder
     from audiorepro.training import run_recipe
     folder = out_dir('weights')/part
     if fresh:
-        for old in (out_dir('train')/part, folder): shutil.rmtree(old, ignore_errors=True)
+        for old in (out_dir('train')/part, folder): delete_folder(old)
     if trained_with(folder, budget):
         print(f"{part}: done before")
         return folder

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .core import Config
+from .guard import check_int, check_number
 
 # %% ../nbs/40_diffusion.ipynb #26715ad4
 @dataclass(frozen=True)
@@ -463,15 +464,14 @@ def inference_timesteps(
     list[int]
         0-based training steps, falling
     """
-    if not 1 <= num_inference_steps <= num_train_timesteps:
-        raise ValueError(f"num_inference_steps must lie in 1..{num_train_timesteps}, got {num_inference_steps}")
+    check_int('num_inference_steps', num_inference_steps, 1, num_train_timesteps)
     gap = num_train_timesteps//num_inference_steps
     offset = min(offset, num_train_timesteps - 1 - (num_inference_steps - 1)*gap)
     return [i*gap + offset for i in reversed(range(num_inference_steps))]
 
 def start_noise(
     shape:tuple, # `(B, ...)` of the latents to make
-    latents:Tensor|None=None, # starting noise; None draws it
+    latents:Tensor|None=None, # starting noise, finite; None draws it
     generator:torch.Generator|list|None=None, # one, or one per item
     device:str|torch.device|None=None, # where to work; None: where `latents` or the generator live
 )->Tensor: # `(B, ...)` the first, noisiest latent
@@ -482,7 +482,7 @@ def start_noise(
     shape : tuple
         `(B, ...)` of the latents to make
     latents : Tensor|None, default=None
-        starting noise; None draws it
+        starting noise, finite; None draws it
     generator : torch.Generator|list|None, default=None
         one, or one per item
     device : str|torch.device|None, default=None
@@ -496,6 +496,8 @@ def start_noise(
     if latents is not None:
         if tuple(latents.shape) != tuple(shape):
             raise ValueError(f"latents has shape {tuple(latents.shape)}, expected shape={tuple(shape)}")
+        if not latents.is_floating_point() or not latents.isfinite().all():
+            raise ValueError(f"latents must be finite floating-point numbers, got {latents.dtype} or NaN or infinity")
         return latents if device is None else latents.to(device)
     first = generator[0] if isinstance(generator, (list, tuple)) and generator else generator
     return draw_noise(shape, generator, device or (first.device if first else 'cpu'))
@@ -551,6 +553,7 @@ def sample_ddpm(
     Tensor
         `(B, ...)` samples
     """
+    check_number('guidance_scale', guidance_scale, -100, 100); check_number('eta', eta, 0, 1)
     if guidance_scale != 1 and uncond is None:
         raise ValueError(f"guidance_scale={guidance_scale} needs uncond, the empty condition")
     num_inference_steps = schedule.num_train_timesteps if num_inference_steps is None else num_inference_steps

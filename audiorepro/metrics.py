@@ -10,9 +10,13 @@ __all__ = ['gaussian_stats', 'frechet_distance', 'frechet_from_features', 'frech
 import numpy as np
 
 # %% ../nbs/23_metrics.ipynb #41830729
+def _as_array(x):
+    "A float64 array, from numbers, an array, or a tensor of any precision (numpy knows no bfloat16)"
+    return np.asarray(x.detach().cpu().double() if hasattr(x, 'detach') else x, dtype=np.float64)
+
 def _matrix(name, x, rows=1):
     "A finite float64 `(N, D)` array, from an array or a tensor, or an error that names the argument"
-    x = np.asarray(x.detach().cpu() if hasattr(x, 'detach') else x, dtype=np.float64)
+    x = _as_array(x)
     if x.ndim != 2 or len(x) < rows: raise ValueError(f"{name} must be (N, D) with N >= {rows}, got shape {x.shape}")
     if not np.isfinite(x).all(): raise ValueError(f"{name} holds NaN or infinity")
     return x
@@ -67,7 +71,7 @@ def frechet_distance(
     float
         squared distance, >= 0
     """
-    mu1, cov1, mu2, cov2 = (np.asarray(x, dtype=np.float64) for x in (mu1, cov1, mu2, cov2))
+    mu1, cov1, mu2, cov2 = map(_as_array, (mu1, cov1, mu2, cov2))
     if mu1.shape != mu2.shape or cov1.shape != cov2.shape or cov1.shape != (len(mu1),)*2:
         shapes = mu1.shape, cov1.shape, mu2.shape, cov2.shape
         raise ValueError(f"mu1, cov1, mu2, cov2 must be (D,), (D, D), (D,), (D, D), got {shapes}")
@@ -301,7 +305,7 @@ def bootstrap_interval(
     """
     if not 0 < level < 1: raise ValueError(f"level must lie between 0 and 1, got {level}")
     rng, arrays = np.random.default_rng(seed), values if isinstance(values, tuple) else (values,)
-    arrays = tuple(np.asarray(x.detach().cpu() if hasattr(x, 'detach') else x) for x in arrays)
+    arrays = tuple(_as_array(x) if hasattr(x, 'detach') else np.asarray(x) for x in arrays)
     lengths = [len(x) for x in arrays]
     if paired and len(set(lengths)) > 1: raise ValueError(f"paired=True needs equal lengths, got {lengths}")
     if min(lengths) < 2: raise ValueError(f"values: at least 2 are needed, got {lengths}")
@@ -335,7 +339,7 @@ def seed_interval(
         lower and upper end
     """
     from scipy import stats
-    x = np.asarray(values, dtype=np.float64)
+    x = _as_array(values)
     if x.ndim != 1 or len(x) < 2: raise ValueError(f"values must be (S,) with S >= 2 seeds, got shape {x.shape}")
     half = stats.t.ppf((1 + level)/2, len(x) - 1)*x.std(ddof=1)/np.sqrt(len(x))
     return float(x.mean() - half), float(x.mean() + half)

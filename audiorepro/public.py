@@ -277,6 +277,8 @@ def text_states(
     return F.pad(states, (0, 0, 0, more)), F.pad(mask, (0, more))
 
 # %% ../nbs/52a_public.ipynb #5f64cc89
+_PARTS = ('unet', 'vae', 'vocoder', 'text_encoder', 'text_encoder_2', 'language_model', 'projection_model')
+
 def find_pipeline(
     name:str|Path, # what a user asked for
 )->Path|None: # folder or file of a published system; None for the systems of this kit
@@ -296,6 +298,8 @@ def find_pipeline(
     path = find_weights(name, 'audioldm2')
     if path.is_dir() and not (path/'model_index.json').is_file():
         raise ValueError(f"{path} holds no whole system: model_index.json is missing")
+    if path.is_dir() and (missing := [name for name in _PARTS if not (path/name).is_dir()]):
+        raise ValueError(f"{path} holds no whole system: {', '.join(missing)} missing, of {', '.join(_PARTS)}")
     return path
 
 def read_pipeline(

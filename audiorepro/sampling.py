@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ddim_table', 'Condition', 'drop_condition', 'drop_one', 'apply_cfg', 'rescale_guided', 'guided', 'stack_branches',
-           'sample_ddim']
+           'check_sampling', 'sample_ddim', 'item_seeds']
 
 # %% ../nbs/41_sampling.ipynb #f2894238
 import math
@@ -14,6 +14,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 
 from .diffusion import Schedule, draw_noise, inference_timesteps, start_noise
+from .guard import check_int, check_number
 
 # %% ../nbs/41_sampling.ipynb #cc91729c
 def ddim_table(
@@ -37,7 +38,7 @@ def ddim_table(
     list[tuple]
         rows (t, factor of `z_t`, factor of the prediction, factor of fresh noise)
     """
-    if not 0 <= eta <= 1: raise ValueError(f"eta must lie in 0..1, got {eta}")
+    check_number('eta', eta, 0, 1)
     steps = inference_timesteps(num_inference_steps, schedule.num_train_timesteps, schedule.steps_offset)
     gap, bars, rows = schedule.num_train_timesteps//num_inference_steps, schedule.alpha_bar.double().tolist(), []
     for t in steps:
@@ -298,6 +299,34 @@ def stack_branches(
     if missing: raise ValueError(f"guidance_scale={scale} needs cond and uncond, got no {' and no '.join(missing)}")
     return uncond.expand(n).cat(cond.expand(n))
 
+# %% ../nbs/41_sampling.ipynb #6a5851e9
+def check_sampling(
+    schedule:Schedule, # noise levels; says how many steps there are
+    num_inference_steps:int, # 1 .. `num_train_timesteps`
+    guidance_scale:float=1., # -100 .. 100
+    guidance_rescale:float=0., # 0 .. 1
+    eta:float=0., # 0 .. 1
+):
+    """Refuse what no sampler can follow before any work; `ValueError` names the argument
+
+    Parameters
+    ----------
+    schedule : Schedule
+        noise levels; says how many steps there are
+    num_inference_steps : int
+        1 .. `num_train_timesteps`
+    guidance_scale : float, default=1.
+        -100 .. 100
+    guidance_rescale : float, default=0.
+        0 .. 1
+    eta : float, default=0.
+        0 .. 1
+    """
+    check_int('num_inference_steps', num_inference_steps, 1, schedule.num_train_timesteps)
+    check_number('guidance_scale', guidance_scale, -100, 100)
+    check_number('guidance_rescale', guidance_rescale, 0, 1)
+    check_number('eta', eta, 0, 1)
+
 # %% ../nbs/41_sampling.ipynb #8866f442
 @torch.no_grad()
 def sample_ddim(
@@ -355,7 +384,7 @@ def sample_ddim(
     Tensor
         `(B, ...)` samples
     """
-    if not 0 <= guidance_rescale <= 1: raise ValueError(f"guidance_rescale must lie in 0..1, got {guidance_rescale}")
+    check_sampling(schedule, num_inference_steps, guidance_scale, guidance_rescale, eta)
     if device is None and latents is None and cond is not None and cond.contexts: device = cond.contexts[0][0].device
     z_t, rows = start_noise(shape, latents, generator, device), ddim_table(schedule, num_inference_steps, eta)
     both = stack_branches(cond, uncond, guidance_scale, shape[0])
@@ -370,3 +399,34 @@ def sample_ddim(
         if sigma: z_t = z_t + sigma*draw_noise(shape, generator, z_t.device, z_t.dtype)
         if callback: callback(i, t, z_t)
     return z_t
+
+# %% ../nbs/41_sampling.ipynb #dc51edb0
+_GOLDEN = 0x9E3779B9  # 2**32 divided by the golden ratio, made odd
+
+def item_seeds(
+    seed:int|list, # an int gives item i the seed `seed + i`; or one int for each item
+    count:int, # items
+    copies:int=1, # candidates of each item; the first has the item's own seed
+)->list: # `count*copies` ints, the candidates of an item next to each other, all different when the items' seeds are
+    """Give each candidate of each item a seed of its own; `ValueError` names a seed that is none
+
+    Parameters
+    ----------
+    seed : int|list
+        an int gives item i the seed `seed + i`; or one int for each item
+    count : int
+        items
+    copies : int, default=1
+        candidates of each item; the first has the item's own seed
+
+    Returns
+    -------
+    list
+        `count*copies` ints, the candidates of an item next to each other, all different when the items' seeds are
+    """
+    seeds = seed.tolist() if hasattr(seed, 'tolist') else seed
+    if not isinstance(seeds, (list, tuple)): seeds = [check_int('seed', seeds) + i for i in range(count)]
+    if len(seeds) != count:
+        raise ValueError(f"seed must be an int or one int per prompt, got {len(seeds)} seeds for {count} prompts")
+    seeds = [check_int('seed', s, -2**63, 2**64 - 1) for s in seeds]
+    return [(s + j*_GOLDEN) % 2**32 if j else s for s in seeds for j in range(copies)]

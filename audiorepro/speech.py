@@ -33,6 +33,9 @@ _SHORT = dict(mrs='misess', mr='mister', dr='doctor', st='saint', co='company', 
               drs='doctors', rev='reverend', lt='lieutenant', hon='honorable', sgt='sergeant', capt='captain',
               esq='esquire', ltd='limited', col='colonel', ft='fort')  # read by espeak, hence the odd first one
 
+_PLAIN = str.maketrans('‘’‚‛ʼ′`´“”„‟«»″‐‑‒–—―−×', "'"*8 + '"'*7 + '-'*7 + 'x') | str.maketrans(
+    {'ß': 'ss', 'ẞ': 'SS', 'æ': 'ae', 'Æ': 'AE', 'œ': 'oe', 'Œ': 'OE', 'ø': 'o', 'Ø': 'O', 'ł': 'l', 'Ł': 'L'})
+
 def clean_english(
     text:str, # English
 )->str: # plain letters, lower case, short forms written out, single spaces
@@ -48,7 +51,7 @@ def clean_english(
     str
         plain letters, lower case, short forms written out, single spaces
     """
-    text = unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode().lower()
+    text = unicodedata.normalize('NFKD', text.translate(_PLAIN)).encode('ascii', 'ignore').decode().lower()
     text = re.sub(r'\b(' + '|'.join(_SHORT) + r')\.', lambda m: _SHORT[m[1]], text)
     return re.sub(r'\s+', ' ', text).strip()
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .core import Config, make_generator, out_dir, read_safetensors, write_atomic, write_atomic_folder
+from .guard import lock_folder
 
 # %% ../nbs/21_training.ipynb #75c8e52f
 @dataclass(frozen=True)
@@ -277,9 +278,8 @@ def has_bf16(
 
 def _accelerator(device, bf16):
     "Accelerate on the kind of device the model is on; alone, it forgets the settings of earlier runs"
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    if int(os.environ.get('WORLD_SIZE', 1)) == 1: AcceleratorState._reset_state(reset_partial_state=True)
+    from accelerate import Accelerator, state
+    if int(os.environ.get('WORLD_SIZE', 1)) == 1: state.AcceleratorState._reset_state(reset_partial_state=True)
     return Accelerator(cpu=device.type == 'cpu', mixed_precision='bf16' if bf16 and has_bf16(device) else 'no')
 
 @dataclass
@@ -370,15 +370,16 @@ def _save_checkpoint(folder, state):
         save_file(tensors, part/'state.safetensors')
         (part/'state.json').write_text(json.dumps(values))
     write_atomic_folder(final, write)
-    for old in folder.glob('step-*[0-9]'):
-        if old != final: shutil.rmtree(old.rename(old.with_suffix('.part')))  # never found half deleted
+    for old in set(folder.glob('step-*[0-9]')) - {final}: shutil.rmtree(old.rename(old.with_suffix('.part')))
 
-def _load_checkpoint(folder, state):
+def _resume(folder, state)->int: # the step to go on from
     "Continue from the last whole checkpoint, if there is one; `ValueError` when it was made with other settings"
-    for path in folder.glob('*.part'): shutil.rmtree(path, ignore_errors=True)
+    if folder is None: return 0
+    for path in folder.glob('step-*.part'): shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob('history.jsonl.*.part'): path.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     found = sorted(folder.glob('step-*[0-9]'))
-    if not found: return (folder/'history.jsonl').unlink(missing_ok=True)
+    if not found: return (folder/'history.jsonl').unlink(missing_ok=True) or 0
     values = json.loads((found[-1]/'state.json').read_text())
     saved, now = values['config'], json.loads(json.dumps(state.cfg.to_dict()))
     free = {'log_every', 'save_every', 'eval_every'} | ({'steps'} if now['schedule'] == 'constant' else set())
@@ -387,8 +388,9 @@ def _load_checkpoint(folder, state):
     state.restore(read_safetensors(found[-1]/'state.safetensors'))
     state.sums = {k: torch.tensor(v, dtype=torch.float64, device=state.acc.device) for k, v in values['sums'].items()}
     for name in _PLAIN: setattr(state, name, values[name])
-    rows = ''.join(json.dumps(row) + '\n' for row in state.history)
-    write_atomic(folder/'history.jsonl', lambda f: f.write(rows.encode()))
+    rows = ((json.dumps(row) + '\n').encode() for row in state.history)
+    write_atomic(folder/'history.jsonl', lambda f: f.writelines(rows))
+    return state.step
 
 # %% ../nbs/21_training.ipynb #1c0a543b
 def _advance(state, name, loss, lr):
@@ -467,7 +469,7 @@ def fit(
     *,
     rival=None, # `(module, loss_fn(rival, batch, ctx))` stepped first; its loss may return None to sit a step out
     on_eval=None, # `on_eval(model, step)` -> dictionary of numbers for the history, or None
-    folder:str|Path|None=None, # checkpoints and `history.jsonl`; a second call continues where they end
+    folder:str|Path|None=None, # checkpoints and `history.jsonl`; a second call goes on; one process at a time
     progress:bool=True, # show a bar
 )->list: # one dictionary per row: step, lr, means of the scalars, grad_norm, seconds
     """Train: AdamW, warmup and schedule, clipping, average of the weights, checkpoints; same settings, same bits
@@ -487,7 +489,7 @@ def fit(
     on_eval : default=None
         `on_eval(model, step)` -> dictionary of numbers for the history, or None
     folder : str|Path|None, default=None
-        checkpoints and `history.jsonl`; a second call continues where they end
+        checkpoints and `history.jsonl`; a second call goes on; one process at a time
     progress : bool, default=True
         show a bar
 
@@ -501,21 +503,19 @@ def fit(
     rival, rival_loss = rival or (None, None)
     acc = _accelerator(next(model.parameters()).device, cfg.bf16)
     state, folder = _State(model.train(), rival, cfg, acc), Path(folder) if folder else None
-    if folder: _load_checkpoint(folder, state)
     ctx = Context(make_generator(0), acc.device, model, rival, steps=cfg.steps)
-    losses, t_0, is_gpu = dict(model=loss_fn, rival=rival_loss), time.time() - state.seconds, acc.device.type == 'cuda'
+    losses, is_gpu = dict(model=loss_fn, rival=rival_loss), acc.device.type == 'cuda'
     sources = [ctx.generator, torch.random.default_generator] + [torch.cuda]*is_gpu  # the others feed dropout
-    with torch.random.fork_rng(devices=[acc.device]*is_gpu), \
-         tqdm(total=cfg.steps, initial=state.step, disable=not (progress and acc.is_main_process)) as bar:
+    with lock_folder(folder if acc.is_main_process else None), torch.random.fork_rng(devices=[acc.device]*is_gpu), \
+         tqdm(total=cfg.steps, initial=_resume(folder, state), disable=not (progress and acc.is_main_process)) as bar:
+        t_0 = time.time() - state.seconds
         for batch in itertools.islice(batches(state.step), max(0, cfg.steps - state.step)):
             ctx.step, ctx.shared, lr = state.step, {}, lr_at(state.step, cfg)
-            seed = _number(cfg.seed, state.step, acc.process_index)
-            for source in sources: source.manual_seed(seed)
+            for source in sources: source.manual_seed(_number(cfg.seed, state.step, acc.process_index))
             logged = _train_step(state, losses, send_to_device(batch, acc.device), ctx)
             if state.step % (20 if is_gpu else 1) == 0:
                 bar.set_postfix_str(f"loss {logged['loss']:.4g}, lr {lr:.1e}", refresh=False)
-            bar.update()
-            _add(state, logged); state.seconds = time.time() - t_0
+            _add(state, logged); bar.update(); state.seconds = time.time() - t_0
             _after_step(state, lr, on_eval, folder)
     if state.step < cfg.steps: raise ValueError(f"batches ended at step {state.step} of {cfg.steps}")
     if state.ema: state.ema.swap()

@@ -140,6 +140,7 @@ def main():
         if late: raise SystemExit(f"outputs older than code: {', '.join(late)}; run `make notebooks`")
         if bare := undressed(): raise SystemExit(f"exported by nbdev alone, without docstrings: {', '.join(bare)}; run `make export`")
         return print('all outputs belong to the present code, all docstrings to their signatures')
+    os.environ['AUDIOREPRO_KEEP'] = '1'  # pictures and results go into figures/, not to out/
     for path in lessons(args.numbers):
         print(f'{key(path)}: {execute(path):.1f} s', flush=True)
 
