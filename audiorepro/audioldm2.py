@@ -391,15 +391,15 @@ def _as_list(pipe, text, name):
     return texts
 
 def _both_branches(pipe, prompts, negative_prompt, copies):
-    "Condition of the prompts and what to move away from, each text `copies` times"
-    repeat = lambda texts: [t for t in texts for _ in range(copies)]
-    negative = prompts if negative_prompt is None else _as_list(pipe, negative_prompt, 'negative_prompt')
+    "Condition of the prompts and what to move away from, each text `copies` times; GPT-2 reads both in one batch"
+    negative = [''] if negative_prompt is None else _as_list(pipe, negative_prompt, 'negative_prompt')
     if len(negative) not in (1, len(prompts)):
         raise ValueError(f"negative_prompt must be one text or one per prompt, got {len(negative)} for {len(prompts)}")
-    cond = encode_prompts(pipe, repeat(prompts))
-    if negative_prompt is None: return cond, encode_nothing(pipe, cond)
-    negative = repeat(negative*(len(prompts)//len(negative)))
-    return cond, encode_prompts(pipe, negative, _common_length(pipe, cond))
+    texts, negative = ([t for t in x for _ in range(copies)] for x in (prompts, negative*(len(prompts)//len(negative))))
+    is_zero, is_batch = negative_prompt is None and pipe.null_loa == 'zeros', pipe.halves.loa.cfg.text_padding == 'batch'
+    cond = encode_prompts(pipe, texts if is_zero or is_batch else texts + negative)
+    if not (is_zero or is_batch): return cond.split(len(texts))
+    return cond, encode_nothing(pipe, cond) if is_zero else encode_prompts(pipe, negative, _common_length(pipe, cond))
 
 # %% ../nbs/53_audioldm2.ipynb #5500ebb8
 @torch.no_grad()
@@ -467,9 +467,9 @@ def generate(
     if latents is not None: start_noise(shape, latents)  # refused before the texts are read
     cond, uncond = _both_branches(pipe, prompts, negative_prompt, copies)
     z_0 = sample_ddim(
-        pipe.halves.unet, shape, pipe.cfg.schedule, num_inference_steps, cond=cond, uncond=uncond,
-        guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, eta=eta, latents=latents, progress=progress,
-        generator=[make_generator(s) for s in seeds] if seeds else generator)
+        torch.inference_mode()(pipe.halves.unet.__call__), shape, pipe.cfg.schedule, num_inference_steps,
+        cond=cond, uncond=uncond, guidance_scale=guidance_scale, guidance_rescale=guidance_rescale, eta=eta,
+        latents=latents, progress=progress, generator=[make_generator(s) for s in seeds] if seeds else generator)
     if output == 'latents': return z_0
     wavs = latents_to_wav(pipe, z_0, samples)
     return _rank_by_clap(pipe, wavs, prompts, copies) if copies > 1 else wavs

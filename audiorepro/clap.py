@@ -25,7 +25,7 @@ from .layers import TransformerBlock, timestep_embedding
 from .mel import MelConfig, log_mel
 from .pretext import hide_words
 from .sounds import caption, vocabulary
-from .text import HFTokenizer, Tokenizer, find_tokenizer, masked_mean
+from .text import HFTokenizer, Tokenizer, by_length, find_tokenizer, masked_mean
 from .training import Recipe, TrainConfig, tensor_batches
 
 # %% ../nbs/34_clap.ipynb #95b64ee0
@@ -173,9 +173,11 @@ class TextTower(nn.Module):
 
     def forward(self, texts):
         device = self.embed.weight.device
-        ids, mask = (x.to(device) for x in self.tokenizer.encode(texts))
+        return by_length(self.read, *(x.to(device) for x in self.tokenizer.encode(texts)), size=32)
+
+    def read(self, ids, mask): # `(B, L)` each -> `(B, dim)`
         x = self.embed(ids)
-        x = x + timestep_embedding(torch.arange(ids.shape[1], device=device), x.shape[-1]).to(x.dtype)
+        x = x + timestep_embedding(torch.arange(ids.shape[1], device=ids.device), x.shape[-1]).to(x.dtype)
         for block in self.blocks: x = block(x, mask)
         return self.proj(masked_mean(self.norm(x), mask))
 
@@ -308,7 +310,7 @@ class CLAP(Model):
     def embed_text(self,
         texts:list, # captions
     )->Tensor: # `(B, D)` of length 1
-        """Embed captions, 256 at a time
+        """Embed captions, those of like length together
 
         Parameters
         ----------
@@ -320,7 +322,7 @@ class CLAP(Model):
         Tensor
             `(B, D)` of length 1
         """
-        return torch.cat([self.encode_text(texts[i:i + 256]) for i in range(0, len(texts), 256)])
+        return self.encode_text(texts)
 
 # %% ../nbs/34_clap.ipynb #5b49a617
 def swap_events(
@@ -671,7 +673,7 @@ class HFCLAP:
     def embed_text(self,
         texts:list, # captions
     )->Tensor: # `(B, D)` of length 1
-        """Embed captions, padded to the longest one
+        """Embed captions, those of like length together
 
         Parameters
         ----------
@@ -683,8 +685,9 @@ class HFCLAP:
         Tensor
             `(B, D)` of length 1
         """
-        ids, mask = (x.to(self.model.device) for x in self.tokenizer.encode(texts))
-        out = self.model.get_text_features(input_ids=ids, attention_mask=mask.long())
-        return F.normalize(getattr(out, 'pooler_output', out), dim=-1)
+        def read(ids, mask):
+            out = self.model.get_text_features(input_ids=ids, attention_mask=mask.long())
+            return F.normalize(getattr(out, 'pooler_output', out), dim=-1)
+        return by_length(read, *(x.to(self.model.device) for x in self.tokenizer.encode(texts)))
 
     encode_text = embed_text

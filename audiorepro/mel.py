@@ -118,6 +118,14 @@ def _window(cfg):
     side = cfg.n_fft - cfg.win_length
     return F.pad(hann(cfg.win_length), (side//2, side - side//2)).float()
 
+def _frames(wav, cfg):
+    "Overlapping frames `(B, T, n_fft)` of the clips padded by reflection: a view, nothing is copied"
+    if wav.ndim != 2: raise ValueError(f"wav must be (B, samples), got shape {tuple(wav.shape)}")
+    if wav.shape[1] <= cfg.pad:
+        raise ValueError(f"wav has {wav.shape[1]} samples, more than {cfg.pad} are needed to reflect")
+    padded = F.pad(wav[:, None], (cfg.pad, cfg.pad), mode='reflect')[:, 0]
+    return padded.unfold(-1, cfg.n_fft, cfg.hop_length)
+
 def stft(
     wav:Tensor, # `(B, samples)` in [-1, 1]
     cfg:MelConfig, # front end
@@ -136,12 +144,7 @@ def stft(
     Tensor
         `(B, T, n_fft//2 + 1)` complex
     """
-    if wav.ndim != 2: raise ValueError(f"wav must be (B, samples), got shape {tuple(wav.shape)}")
-    if wav.shape[1] <= cfg.pad:
-        raise ValueError(f"wav has {wav.shape[1]} samples, more than {cfg.pad} are needed to reflect")
-    padded = F.pad(wav[:, None], (cfg.pad, cfg.pad), mode='reflect')[:, 0]
-    frames = padded.unfold(-1, cfg.n_fft, cfg.hop_length)  # (B, T, n_fft)
-    return torch.fft.rfft(frames*_window(cfg).to(wav))
+    return torch.fft.rfft(_frames(wav, cfg)*_window(cfg).to(wav))
 
 # %% ../nbs/12_mel.ipynb #f83292df
 def hz_to_mel(
@@ -202,6 +205,12 @@ def mel_filters(
     return (torch.minimum(rise, fall).clamp(min=0)*2/(high - low)).float()
 
 # %% ../nbs/12_mel.ipynb #76312ced
+def _in_blocks(f, frames, size=256):
+    "`f(frames)`, on the CPU about `size` frames of one clip at a time: what `f` makes then stays in the cache"
+    if frames.device.type != 'cpu' or not frames.numel(): return f(frames)
+    parts = -(-frames.shape[1]//size)
+    return torch.stack([torch.cat([f(part) for part in clip.tensor_split(parts)]) for clip in frames])
+
 def log_mel(
     wav:Tensor, # `(B, samples)` in [-1, 1]
     cfg:MelConfig, # front end
@@ -220,8 +229,9 @@ def log_mel(
     Tensor
         `(B, 1, T, n_mels)` natural logarithm of the mel magnitude, at least `log(floor)`
     """
-    mel = stft(wav, cfg).abs() @ mel_filters(cfg).to(wav).T
-    return mel.clamp(min=cfg.floor).log()[:, None]
+    window, bank = _window(cfg).to(wav), mel_filters(cfg).to(wav).T
+    def mel(frames): return (torch.fft.rfft(frames*window).abs() @ bank).clamp(min=cfg.floor).log()
+    return _in_blocks(mel, _frames(wav, cfg))[:, None]
 
 # %% ../nbs/12_mel.ipynb #b17f4a8f
 @dataclass(frozen=True)
@@ -332,11 +342,13 @@ def kaldi_fbank(
     if wav.shape[1] < cfg.frame_length:
         raise ValueError(f"wav has {wav.shape[1]} samples, one frame needs {cfg.frame_length}")
     x = wav.double().unfold(-1, cfg.frame_length, cfg.frame_shift)  # (B, frames, frame_length)
-    x = x - x.mean(-1, keepdim=True)
-    x = x - cfg.preemphasis*torch.cat([x[..., :1], x[..., :-1]], -1)
-    power = torch.fft.rfft(x*hann(cfg.frame_length, periodic=False).to(x), cfg.n_fft).abs()**2
-    fbank = power @ kaldi_filters(cfg).to(x).T
-    return fbank.clamp(min=torch.finfo(torch.float32).eps).log().to(wav.dtype)
+    window, bank = hann(cfg.frame_length, periodic=False).to(x), kaldi_filters(cfg).to(x).T
+    def fbank(x):
+        x = x - x.mean(-1, keepdim=True)
+        x = x - cfg.preemphasis*torch.cat([x[..., :1], x[..., :-1]], -1)
+        power = torch.fft.rfft(x*window, cfg.n_fft).abs()**2
+        return (power @ bank).clamp(min=torch.finfo(torch.float32).eps).log()
+    return _in_blocks(fbank, x).to(wav.dtype)
 
 # %% ../nbs/12_mel.ipynb #1ed1661b
 def audiomae_input(
@@ -408,11 +420,15 @@ def overlap_add(
         `(..., (T - 1)*hop_length + n_fft)`
     """
     *lead, T, n_fft = frames.shape
-    parts = F.pad(frames, (0, -n_fft % hop_length)).unflatten(-1, (-1, hop_length))  # (..., T, K, hop)
-    K = parts.shape[-2]
-    out = frames.new_zeros(*lead, T + K - 1, hop_length)
-    for k in range(K): out[..., k:k + T, :] += parts[..., k, :]
+    parts = frames.split(hop_length, -1)  # K of (..., T, hop), the last may be shorter
+    out = frames.new_zeros(*lead, T + len(parts) - 1, hop_length)
+    for k, part in enumerate(parts): out[..., k:k + T, :part.shape[-1]] += part
     return out.flatten(-2)[..., :(T - 1)*hop_length + n_fft]
+
+@lru_cache(maxsize=64)
+def _overlap(cfg, T):
+    "Sum of the squared windows of `T` frames at each sample, float64, kept away from zero"
+    return overlap_add((_window(cfg).double()**2).expand(T, -1), cfg.hop_length).clamp(min=1e-3)
 
 def istft(
     spec:Tensor, # `(B, T, n_fft//2 + 1)` complex
@@ -434,18 +450,17 @@ def istft(
     """
     window = _window(cfg).to(spec.real)
     wav = overlap_add(torch.fft.irfft(spec, cfg.n_fft)*window, cfg.hop_length)
-    norm = overlap_add((window**2).expand(spec.shape[1], -1), cfg.hop_length)
-    return (wav/norm.clamp(min=1e-3))[:, cfg.pad:cfg.pad + spec.shape[1]*cfg.hop_length]
+    wav = wav/_overlap(cfg, spec.shape[1]).to(wav)
+    return wav[:, cfg.pad:cfg.pad + spec.shape[1]*cfg.hop_length]
 
 # %% ../nbs/12_mel.ipynb #54824444
-def _griffin_lim(mel, cfg, n_iter, momentum, phase):
-    "One clip `(1, T, n_mels)`: alternate between the known magnitudes and the spectra that a waveform can have"
-    mag = mel_to_magnitude(mel.exp(), cfg)
-    spec, last = torch.polar(mag, phase), 0.
+def _griffin_lim(mag, cfg, n_iter, momentum, phase):
+    "One clip `(1, T, n_fft//2 + 1)`: alternate between the known magnitudes and the spectra that a waveform can have"
+    spec = torch.polar(mag, phase)
+    last = torch.zeros_like(spec)
     for _ in range(n_iter):
         fit = stft(istft(spec, cfg), cfg)[:, :mag.shape[1]]
-        fast = fit + momentum*(fit - last)
-        spec, last = mag*fast/fast.abs().clamp(min=1e-9), fit
+        spec, last = mag*torch.add(fit, fit - last, alpha=momentum).sgn(), fit  # sgn keeps the phase: z/|z|
     return istft(spec, cfg)[0]
 
 def griffin_lim(
@@ -480,4 +495,5 @@ def griffin_lim(
     if not 0 <= momentum < 1: raise ValueError(f"momentum must be in [0, 1), got {momentum}")
     if not isinstance(generator, torch.Generator): generator = make_generator(generator or 0)
     phase = 2*math.pi*torch.rand(1, mel.shape[2], cfg.n_fft//2 + 1, generator=generator, device=generator.device)
-    return torch.stack([_griffin_lim(m, cfg, n_iter, momentum, phase.to(m)) for m in mel.float()])
+    mags = (mel_to_magnitude(m.exp(), cfg) for m in mel.float())  # (1, T, n_fft//2 + 1) each
+    return torch.stack([_griffin_lim(mag, cfg, n_iter, momentum, phase.to(mag)) for mag in mags])

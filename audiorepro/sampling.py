@@ -86,27 +86,25 @@ class Condition:
         for k, (s, m) in enumerate(self.contexts):
             if s.ndim != 3 or m.shape != s.shape[:2]:
                 raise ValueError(f"contexts[{k}]: {tuple(s.shape)}, {tuple(m.shape)} are not (B, L, D), (B, L)")
-
     def __len__(self): # number of items
         return max((len(x) for x in (*(s for s, _ in self.contexts), self.pooled) if x is not None), default=0)
 
     def _map(self, f):
         return Condition(tuple((f(s), f(m)) for s, m in self.contexts), None if self.pooled is None else f(self.pooled))
-
     def to(self, device=None, dtype=None): # where the tensors go; type of the states, masks stay bool
         "Move to a device, change the type of the states"
         return self._map(lambda x: x.to(device=device, dtype=dtype if x.is_floating_point() else None))
-
     def expand(self, n:int): # number of items wanted
         "Repeat a condition of one item `n` times; one of `n` items is returned as it is"
         if any(len(s) not in (1, n) for s, _ in self.contexts):
             raise ValueError(f"a condition of {len(self)} items cannot serve a batch of {n}")
         return self._map(lambda x: x.expand(n, *x.shape[1:]))
-
     def cat(self, other): # a condition with contexts of the same widths
         "Stack two batches, padding the shorter sequences"
         return _combine(self, other, (len(self), len(other)), lambda x, y: torch.cat([x, y]))
-
+    def split(self, n:int): # number of items of the first part
+        "Cut a batch in two"
+        return self._map(lambda x: x[:n]), self._map(lambda x: x[n:])
     def drop(self, p, null, per='batch', generator=None): # see `drop_condition`
         "Replace by the empty condition `null` with probability `p`"
         return drop_condition(self, p, null, per, generator)

@@ -20,7 +20,7 @@ from .core import Config, Model, find_weights, load_strict
 from .datasets import toy_set
 from .pretext import target_words, text_batches
 from .sounds import vocabulary
-from .text import HFTokenizer, Tokenizer, find_tokenizer
+from .text import HFTokenizer, Tokenizer, by_length, find_tokenizer
 from .training import Recipe, TrainConfig
 
 # %% ../nbs/50_t5.ipynb #734d4961
@@ -349,7 +349,7 @@ class T5(Model):
         """
         if self.tokenizer is None: raise ValueError("this T5 has no tokeniser of its own: use HFT5 for published ones")
         ids, mask = (x.to(self.device) for x in self.tokenizer.encode(texts))
-        with torch.no_grad(): return self(ids, mask), mask
+        with torch.no_grad(): return by_length(self, ids, mask), mask
 
     def logits(self,
         states:Tensor, # `(B, L, D)` encoder states
@@ -586,4 +586,4 @@ class HFT5:
             states `(B, L, D)`, mask `(B, L)` bool
         """
         ids, mask = (x.to(self.model.device) for x in self.tokenizer.encode(texts))
-        return self.model(ids, mask), mask
+        return by_length(self.model, ids, mask), mask

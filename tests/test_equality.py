@@ -508,6 +508,35 @@ def test_projection_and_loa_are_diffusers(dims, count):
     assert shift[0] < 1e-5 and (shift[1:] > 1e-3).all()  # only where there is padding do the two layouts differ
 
 
+# --- texts in bulk ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind', ['clap', 't5'])
+def test_many_texts_are_what_each_is_alone(kind):
+    "Forty texts, sorted by length inside the encoders, against transformers one text at a time; the order is part of it"
+    from audiorepro.clap import HFCLAP
+    from audiorepro.public import random_parts
+    from audiorepro.t5 import HFT5, T5, T5Config, encoder_state
+    parts, words = random_parts('tiny'), 'a dog barks then rain falls while wind blows'.split()
+    texts = [' '.join(words[i % 3:i % 3 + 1 + i % 7]) for i in range(40)]
+    if kind == 'clap':
+        tokenizer, model = parts['tokenizer'], parts['text_encoder'].eval()
+        def alone(ids):
+            out = model.get_text_features(input_ids=ids)
+            return F.normalize(getattr(out, 'pooler_output', out), dim=-1)
+        found = list(HFCLAP(model, tokenizer).embed_text(texts)[:, None])
+    else:
+        tokenizer, model = parts['tokenizer_2'], parts['text_encoder_2'].eval()
+        t5 = T5(T5Config.from_transformers(model.config.to_dict()))
+        load_strict(t5, encoder_state(model.state_dict()))
+        def alone(ids): return model(ids).last_hidden_state[0]
+        states, mask = HFT5(t5.eval(), tokenizer).encode(texts)
+        found = [s[m] for s, m in zip(states, mask)]
+    with torch.no_grad():
+        wanted = [alone(tokenizer([text], return_tensors='pt')['input_ids']) for text in texts]
+        assert max(error(a, b) for a, b in zip(found, wanted)) < 1e-5
+        assert error(found[1], wanted[8]) > 1e-3  # two texts of two words
+
+
 # --- AudioMAE -------------------------------------------------------------------------------------------------------
 
 STARTS = (('patch_embed.proj', 'vit.embeddings.patch_embeddings.projection'), ('cls_token', 'vit.embeddings.cls_token'),
