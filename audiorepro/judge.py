@@ -417,7 +417,7 @@ CHOICES = dict(single=16, both_then=120, both_while=120, all_three=560, order=2,
                ) | {k: len(v) for k, v in (ATTRIBUTES | MELODY).items()}
 
 def _score(rows, num_choices):
-    "Accuracy with its count and what two who do not listen would get"
+    "Accuracy with its count, and two baselines: random guessing, and always the commonest answer"
     hits, answers = [r[1] for r in rows], [r[2] for r in rows]
     chance = 1/num_choices if num_choices else float('nan')
     if not hits: return dict(accuracy=float('nan'), count=0, chance=chance, majority=float('nan'))

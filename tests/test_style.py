@@ -150,12 +150,105 @@ def floor_of_modules():
     return {module(nb): number(stem) for nb, stem in read if module(nb)}
 
 
+# --- rules about what a lesson shows and says -------------------------------------------------------------------------
+
+COMPARISONS = {'allclose', 'isclose', 'equal', 'array_equal'}
+NUMBER = r'(?:\d[\d,_]*(?:\.\d+)?|\.\d+)(?:e[+-]?\d+)?'
+PROSE_NUMBER = re.compile(rf'(?<![\w.,/^-])({NUMBER})( ?%| kHz| ms| million| billion| thousand|(?![\w^]))')
+UNITS = {'%': 100, 'kHz': 1e-3, 'ms': 1e3, 'million': 1e-6, 'billion': 1e-9, 'thousand': 1e-3}
+NOT_MEASURED = re.compile(r'\d{4}\.\d{5}|\$[^$]*\$|`[^`]*`|\]\([^)]*\)|(?:sec|eq|fig|table|app)s?\. [\w.]+|\b(?:section|version|exercise)s? [\d.]+', re.I)
+
+
+def statements(tree):
+    "Calls that stand alone, or in a `display`, and that run with the cell: not in a definition, nor behind `if at_scale`"
+    for n in ast.iter_child_nodes(tree):
+        if isinstance(n, (ast.FunctionDef, ast.ClassDef)) or isinstance(n, ast.If) and 'at_scale' in ast.unparse(n.test): continue
+        if isinstance(n, ast.Expr): yield from map(called, ast.walk(n.value) if called(n.value) == 'display' else [n.value])
+        else: yield from statements(n)
+
+
+def called(n): return isinstance(n, ast.Call) and getattr(n.func, 'id', getattr(n.func, 'attr', ''))
+
+
+def unshown(nb, name):
+    "Each ungated cell that saves a figure shows one, and each call of `play` that runs gives a player"
+    complaints = []
+    for c in nb['cells']:
+        if c['cell_type'] != 'code': continue
+        calls = Counter(statements(ast.parse(python(source(c)))))
+        shown = [o.get('data', {}) for o in c.get('outputs', [])]
+        for call, count in (('save_fig', sum('image/png' in d for d in shown)), ('play', sum('<audio' in ''.join(d.get('text/html', '')) for d in shown))):
+            if count < calls[call]: complaints.append(f'{calls[call]} x {call}, {count} shown: {first_line(source(c))}')
+    return complaints
+
+
+def unexplained_figures(nb, name):
+    "The words after a picture say what to see: they do not begin another section"
+    complaints, cells = [], nb['cells']
+    for i, c in enumerate(cells):
+        if c['cell_type'] != 'code' or 'save_fig' not in [*statements(ast.parse(python(source(c))))]: continue
+        words = next((source(d) for d in cells[i + 1:] if d['cell_type'] == 'markdown'), '#')
+        if words.startswith('#'): complaints.append(f'nothing is said about the picture of: {first_line(source(c))}')
+    return complaints
+
+
+def bare_comparisons(nb, name):
+    "A comparison that is a statement of its own checks nothing"
+    return [f'nothing checks `{ast.unparse(n)[:60]}`' for c in code(nb) for n in ast.walk(ast.parse(python(c)))
+            if isinstance(n, ast.Expr) and (isinstance(n.value, ast.Compare) or called(n.value) in COMPARISONS)]
+
+
+def missing_lessons(nb, name):
+    "Prose refers only to lessons that exist"
+    known = {re.match(r'\d+[a-z]?', p.stem)[0] for p in LESSONS if number(p.stem)}
+    named = re.findall(r'\b[Ll]essons? (\d+[a-z]?(?:(?:, | and | to )\d+[a-z]?)*)', '\n'.join(prose(nb)))
+    return [f'lesson {n} does not exist' for text in named for n in re.findall(r'\d+[a-z]?', text) if n not in known]
+
+
+def numbers(text): return [float(re.sub('[,_]', '', n)) for n in re.findall(NUMBER, text)]
+
+
+def shown_numbers(nb, name, figures=FIGURES):
+    "Numbers in a lesson's code, its outputs and the JSON files that it keeps"
+    outputs = [o for c in nb['cells'] for o in c.get('outputs', [])]
+    texts = [t for o in outputs for t in (o.get('text', ''), *(o.get('data', {}).get(f'text/{kind}', '') for kind in ('plain', 'markdown')))]
+    return numbers('\n'.join(code(nb) + [''.join(t) for t in texts] + [p.read_text() for p in sorted(figures.glob(f'{name}_*.json'))]))
+
+
+# numbers in prose that no cell of the lesson computes, and where they come from
+FOUNDED_ELSEWHERE = {
+    '*': {'10.24', '2.56'},    # seconds of a clip, of the paper and of the toy world
+    '23_metrics': {'0.96'},    # seconds of a frame of VGGish
+    '32_vocoder': {'0.999'},   # the decay of HiFi-GAN's learning rate
+    '52a_public': {'1.1'},     # billion parameters, on the hub's page
+    '53b_published': {'1.1'},  # the same, counted in lesson 52a
+    '83_errata': {'0.25', '1.42', '1.67', '1.78', '1.86', '2.13'},  # quoted from the paper
+}
+
+# lessons whose numbers change with the next weights: they are to be gone through then, and taken off this list
+NUMBERS_DEBT = {'22_judge', '30_vae', '33_audiomae', '34_clap', '43_ldm', '50a_order', '52_loa', '53_audioldm2', '53a_quality'}
+
+
+def unfounded_numbers(nb, name, figures=FIGURES):
+    "Decimals and percentages in prose after the first code cell, rounded as they stand there, are computed in the lesson"
+    import numpy as np
+    first = next((i for i, c in enumerate(nb['cells']) if c['cell_type'] == 'code'), 0)
+    found, complaints = np.unique(shown_numbers(nb, name, figures)), []
+    for text in (source(c) for c in nb['cells'][first:] if c['cell_type'] == 'markdown'):
+        for n, unit in PROSE_NUMBER.findall(NOT_MEASURED.sub(' ', text)):
+            if '.' not in n and unit.strip() != '%' or n in FOUNDED_ELSEWHERE['*'] | FOUNDED_ELSEWHERE.get(name, set()): continue
+            value, half = numbers(n)[0], .5000001*10.**-len(n.partition('.')[2])
+            scales = {1, UNITS.get(unit.strip(), 1)}
+            if not any((abs(found*s - value) <= half).any() for s in scales): complaints.append(f'{n}{unit} is in no output: {first_line(text)}')
+    return complaints
+
+
 # complaints about lengths that a lesson still has; the numbers may only fall
 DEBT = json.loads((Path(__file__).parent/'style_debt.json').read_text())
 
 RULES = [unknown_directive, directive_below_content, export_with_skip, title_first, stem_is_module, imports_mixed, missing_docments,
-         over_budget, bad_cell_ids, error_outputs, missing_figures, upward_imports]
-RULES_FOR_ALL = [unknown_directive, directive_below_content, bad_cell_ids, error_outputs]
+         over_budget, bad_cell_ids, error_outputs, missing_figures, upward_imports, unshown, unexplained_figures, bare_comparisons, missing_lessons, unfounded_numbers]
+RULES_FOR_ALL = [unknown_directive, directive_below_content, bad_cell_ids, error_outputs, unshown, bare_comparisons]
 
 
 # --- rules about the whole project ----------------------------------------------------------------------------------
@@ -226,6 +319,7 @@ def all_lessons(): return {p.stem: read(p) for p in LESSONS}
 def test_lesson(path, rule):
     found = rule(read(path), path.stem)
     if rule is over_budget and len(found) <= DEBT.get(path.stem, 0): return
+    if rule is unfounded_numbers and path.stem in NUMBERS_DEBT: return
     check(found)
 
 
@@ -293,6 +387,14 @@ BAD = [
     (upward_imports, notebook('#| default_exp bad', 'from audiorepro.diffusion import Schedule')),
     (upward_imports, notebook('#| default_exp bad', 'def f():\n    from audiorepro.unet import UNet')),
     (upward_imports, notebook('#| default_exp bad', 'import audiorepro.no_such_lesson')),
+    (unshown, notebook("save_fig(fig, '05_bad_what')")), (unshown, notebook("for s in scales: save_fig(draw(s), f'05_bad_{s}')")),
+    (unshown, notebook('for wav in wavs: play(wav, 16_000)')), (unshown, notebook('play(wavs[0], 16_000)\nplay(wavs[1], 16_000)')),
+    (unexplained_figures, notebook("save_fig(fig, '05_bad_what')", 'x = 1', '# The next section')),
+    (unexplained_figures, notebook("save_fig(fig, '05_bad_what'); fig")), (bare_comparisons, notebook('assert True\nabs(a - b).max() > .01')), (bare_comparisons, notebook('np.allclose(a, b)')),
+    (bare_comparisons, notebook('for a, b in pairs:\n    torch.equal(a, b)')),
+    (missing_lessons, notebook('# As lesson 91 measures')), (missing_lessons, notebook('# Made in lessons 40 and 71')),
+    (unfounded_numbers, notebook('print(loss)', '> The loss falls to 0.80.')), (unfounded_numbers, notebook('print(loss)', '> 43% are right.')),
+    (unfounded_numbers, notebook('print(2_540_000)', '> It has 3.4 million weights.')),
 ]
 
 
@@ -301,6 +403,27 @@ def test_bad_example_fails(rule, nb): assert rule(nb, '05_bad')
 
 
 def test_every_rule_has_a_bad_example(): assert {r for r, _ in BAD} == set(RULES)
+
+
+def with_output(text, **data):
+    "A notebook of one cell that has shown something"
+    return dict(cells=[dict(cell_type='code', id='a', source=[text], outputs=[dict(output_type='display_data', data=data)])])
+
+
+def test_a_shown_figure_and_a_closed_gate_pass():
+    assert not unshown(with_output("save_fig(fig, '05_good_what'); fig", **{'image/png': '...'}), '05_good')
+    assert not unshown(with_output('play(wav, 16_000)', **{'text/html': '<audio controls>'}), '05_good')
+    assert unshown(with_output("save_fig(fig, '05_good_what')", **{'text/html': '<audio controls>'}), '05_good')
+    for later in ("if at_scale('slow'):\n    save_fig(fig, '05_good_what')", 'def on_click(_): play(wav, 16_000)'):
+        assert not unshown(notebook(later), '05_good')
+
+
+def test_numbers_are_compared_as_they_are_rounded(tmp_path):
+    (tmp_path/'05_good_run.json').write_text('{"loss": 0.8049, "right": 0.434}')
+    good = notebook(TITLE + ' without 9.9', 'n = 2_540_000\nprint(n)', '> The loss is 0.80, 43% are right, 2.54 million weights (arXiv 2308.05734, sec. 3.2, `lr=.7`).')
+    assert not unfounded_numbers(good, '05_good', tmp_path)
+    assert len(unfounded_numbers(good, '06_else', tmp_path)) == 2
+    assert len(unfounded_numbers(notebook('print(.8049)', '> 0.81, 0.805, 0.8'), '05_good', tmp_path)) == 1
 
 
 def test_a_figure_must_carry_the_name_of_its_lesson(tmp_path):
