@@ -125,10 +125,11 @@ def check_target(
     path = Path(path)
     if suffixes and path.suffix.lower() not in suffixes:
         raise ValueError(f"{path} must end in {', '.join(suffixes[:-1])}{' or ' if suffixes[1:] else ''}{suffixes[-1]}")
-    if path.is_dir(): raise IsADirectoryError(f"{path} is a folder: name a file")
+    if path.is_dir(): raise IsADirectoryError(f"{path} is a folder: name a file in it")
     if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
         raise PermissionError(f"{path} is no file that may be replaced")
     place = next(p for p in path.absolute().parents if p.exists())
+    if not place.is_dir(): raise NotADirectoryError(f"{path} cannot be written: {place} is a file, not a folder")
     try:
         with tempfile.TemporaryFile(dir=place) as f:
             f.write(bytes(size)); f.flush(); os.fsync(f.fileno())

@@ -164,9 +164,9 @@ def test_a_player_that_fails_loses_no_sound(tmp_path, quick_model, monkeypatch, 
 # --- targets and refusals -------------------------------------------------------------------------------------------
 
 TARGETS = [  # target below the temporary folder, word in the refusal
-    ('folder.wav', 'is a folder'), ('', 'must end in'), ('s', 'must end in'), ('s.aac', 'must end in .wav, .flac, .ogg, .mp3'), ('s.wav.part', 'must end in'),
-    ('file.txt/s.wav', 'is a file, not a folder'), ('file.txt/deep/s.wav', 'is a file, not a folder'), ('pipe.wav', 'a device or a pipe'),
-    ('/dev/null/s.wav', '/dev/null is a file'), ('/proc/s.wav', 'cannot write /proc/s.wav'), ('x'*300 + '.wav', 'too long'), ('closed/s.wav', 'Permission denied')]
+    ('folder.wav', 'is a folder'), ('', 'must end in'), ('s', 'must end in'), ('s.aac', 'must end in .wav, .flac, .ogg or .mp3'), ('s.wav.part', 'must end in'),
+    ('file.txt/s.wav', 'is a file, not a folder'), ('file.txt/deep/s.wav', 'is a file, not a folder'), ('pipe.wav', 'no file that may be replaced'),
+    ('/dev/null/s.wav', '/dev/null is a file'), ('/proc/s.wav', '/proc/s.wav cannot be written'), ('x'*300 + '.wav', 'too long'), ('closed/s.wav', 'Permission denied')]
 
 
 @pytest.mark.parametrize('target, word', TARGETS, ids=[t[:20] or 'empty' for t, _ in TARGETS])
@@ -185,9 +185,10 @@ def test_targets_are_tried_before_the_work(tmp_path, command, target, word, no_m
 def test_endings_are_those_that_can_be_written(tmp_path):
     import torch
     from audiorepro.audio import save_audio
+    from audiorepro.guard import check_target
     for ending in ('.wav', '.flac', '.ogg', '.mp3', '.WAV', '.aiff', '.txt', ''):
         outcomes = []
-        for action in (lambda p: cli.check_target(p, cli._ENDINGS), lambda p: save_audio(p, torch.zeros(16_000), 16_000)):
+        for action in (lambda p: check_target(p, cli._ENDINGS), lambda p: save_audio(p, torch.zeros(16_000), 16_000)):
             try: action(tmp_path/f's{ending}'); outcomes.append(True)
             except ValueError: outcomes.append(False)
         assert outcomes[0] == outcomes[1], ending
@@ -199,7 +200,7 @@ def test_full_disk_is_found_before_the_work(tmp_path):
     done = run('say', 'rain', '--model', '/no/model', '--out', tmp_path/'s.wav',
                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
     assert done.returncode == 2
-    one_line(done.stderr, 'cannot write', 's.wav', 'File too large')
+    one_line(done.stderr, 'cannot be written', 's.wav', 'File too large')
     assert (tmp_path/'s.wav').read_text() == 'old' and [p.name for p in tmp_path.iterdir()] == ['s.wav']
 
 
