@@ -396,10 +396,10 @@ def _both_branches(pipe, prompts, negative_prompt, copies):
     if len(negative) not in (1, len(prompts)):
         raise ValueError(f"negative_prompt must be one text or one per prompt, got {len(negative)} for {len(prompts)}")
     texts, negative = ([t for t in x for _ in range(copies)] for x in (prompts, negative*(len(prompts)//len(negative))))
-    is_zero, is_batch = negative_prompt is None and pipe.null_loa == 'zeros', pipe.halves.loa.cfg.text_padding == 'batch'
-    cond = encode_prompts(pipe, texts if is_zero or is_batch else texts + negative)
-    if not (is_zero or is_batch): return cond.split(len(texts))
-    return cond, encode_nothing(pipe, cond) if is_zero else encode_prompts(pipe, negative, _common_length(pipe, cond))
+    zeros, both = negative_prompt is None and pipe.null_loa == 'zeros', pipe.halves.loa.cfg.text_padding == 'compact'
+    if both and not zeros: return encode_prompts(pipe, texts + negative).split(len(texts))
+    cond = encode_prompts(pipe, texts)
+    return cond, encode_nothing(pipe, cond) if zeros else encode_prompts(pipe, negative, _common_length(pipe, cond))
 
 # %% ../nbs/53_audioldm2.ipynb #5500ebb8
 @torch.no_grad()
