@@ -23,7 +23,7 @@ setup: $(STAMP)  ## make .venv with everything in it
 tour: $(STAMP)  ## prompt to sound with the shipped weights: out/tour.wav and out/tour.png
 	$(BIN)/audiorepro tour
 
-train: $(STAMP)  ## train your own AudioLDM 2 at toy scale (29 minutes on 2 free cores)
+train: $(STAMP)  ## train your own AudioLDM 2 at toy scale (about half an hour on 2 free cores)
 	$(BIN)/audiorepro train
 
 test: $(STAMP)  ## all tests, then every lesson in a fresh kernel

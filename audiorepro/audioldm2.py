@@ -64,7 +64,7 @@ class AudioLDM2Config(Config):
     @classmethod
     def toy(cls):
         unet = UNetConfig.toy(contexts=(None, 192, 128))
-        return cls(unet, LOAConfig.toy(), Schedule.toy(), MelConfig.toy(), 8, 2.56)
+        return cls(unet, LOAConfig.toy(), Schedule.toy(), MelConfig.toy(), 4, 2.56)
     @classmethod
     def audioldm2(cls):
         return cls(UNetConfig.audioldm2(), LOAConfig.audioldm2(), Schedule.audioldm2(), MelConfig.audioldm())
@@ -550,7 +550,7 @@ def joint_tensors(
     """
     toy = toy_set(clips, family=family)
     vae, audiomae, clap, t5 = (part.from_pretrained(weights) for part in (VAE, AudioMAE, CLAP, T5))
-    tensors = loa_tensors(toy, audiomae, clap, Muted(t5) if muted else t5, wordings=wordings)
+    tensors = loa_tensors(toy, audiomae, clap, Muted(t5) if muted else t5, wordings=wordings, unknown_share=.08)
     return tensors | dict(z_0=true_latents(toy, vae).repeat(wordings, 1, 1, 1))
 
 def toy_recipe(
@@ -591,8 +591,8 @@ def toy_recipe(
     model = TextToLatent(cfg)
     model.unet = add_context(ldm, 128)
     model.loa.load_state_dict(LOAModel.from_pretrained(f'{weights}/loa').state_dict())
-    loss = partial(joint_loss, t5_null=T5.from_pretrained(weights).encode(['']))
-    config = TrainConfig(steps=dict(short=1200, full=8000)[budget], lr=1e-3, warmup_steps=100, schedule='cosine',
+    loss = partial(joint_loss, t5_null=T5.from_pretrained(weights).encode(['']), drop_one_prob=.3)
+    config = TrainConfig(steps=dict(short=500, full=1400)[budget], lr=1e-3, warmup_steps=100, schedule='cosine',
                          ema_decay=.998, bf16=True, seed=seed)
     tensors = joint_tensors(clips, weights, family=family, muted=muted)
     return Recipe(name, model.train(), loss, tensor_batches(tensors, 16, seed), config)

@@ -7,6 +7,7 @@ __all__ = ['MAE_KEYS', 'AudioMAEConfig', 'patchify', 'unpatchify', 'random_maski
            'mae_target', 'masked_error', 'mae_loss', 'read_audiomae', 'average_layers', 'pool_loa', 'toy_recipe']
 
 # %% ../nbs/33_audiomae.ipynb #a0f0a35b
+import math
 from dataclasses import dataclass
 
 import torch, torch.nn.functional as F
@@ -45,6 +46,8 @@ class AudioMAEConfig(Config):
         share of patches hidden in training
     norm_target : bool, default=True
         every target patch has mean 0 and variance 1
+    position_grid : tuple[int,...]|None, default=None
+        grid that the position table counts, when it is not that of the patches
     """
     input_size:tuple[int,...]=(1024, 128)  # frames, bands
     patch_size:tuple[int,...]=(16, 16)     # frames, bands
@@ -56,6 +59,7 @@ class AudioMAEConfig(Config):
     decoder_heads:int=16                   # of the decoder
     mask_ratio:float=.8                    # share of patches hidden in training
     norm_target:bool=True                  # every target patch has mean 0 and variance 1
+    position_grid:tuple[int,...]|None=None # grid that the position table counts, when it is not that of the patches
 
     @classmethod
     def audiomae(cls): return cls()        # AudioMAE (Huang et al. 2022), ViT-B and its plain decoder
@@ -73,6 +77,8 @@ class AudioMAEConfig(Config):
     def __post_init__(self):
         if any(n % p for n, p in zip(self.input_size, self.patch_size)):
             raise ValueError(f"input_size={self.input_size} is not a multiple of patch_size={self.patch_size}")
+        if math.prod(self.position_grid or self.grid) != self.num_patches:
+            raise ValueError(f"position_grid={self.position_grid} does not count {self.num_patches} patches")
 
 # %% ../nbs/33_audiomae.ipynb #04a2a055
 def patchify(
@@ -185,7 +191,7 @@ class MAEEncoder(Model):
         self.patch_embed, self.cls_token = PatchEmbed(cfg.patch_size, cfg.dim), nn.Parameter(torch.zeros(1, 1, cfg.dim))
         self.blocks = nn.ModuleList([TransformerBlock(cfg.dim, cfg.heads, eps=1e-6) for _ in range(cfg.depth)])
         self.norm = nn.LayerNorm(cfg.dim, eps=1e-6)
-        self.register_buffer('pos_embed', sincos_2d(cfg.dim, *cfg.grid)[None], persistent=False)
+        self.register_buffer('pos_embed', sincos_2d(cfg.dim, *(cfg.position_grid or cfg.grid))[None], persistent=False)
 
     def embed(self,
         fbank:Tensor, # `(B, 1, T, F)` normalised filter bank
@@ -254,7 +260,8 @@ class AudioMAE(MAEEncoder):
             self.decoder_blocks = nn.ModuleList([TransformerBlock(dim, heads, eps=1e-6) for _ in range(depth)])
             self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
             self.decoder_pred = nn.Linear(dim, cfg.patch_size[0]*cfg.patch_size[1])
-            self.register_buffer('decoder_pos_embed', sincos_2d(dim, *cfg.grid)[None], persistent=False)
+            table = sincos_2d(dim, *(cfg.position_grid or cfg.grid))[None]
+            self.register_buffer('decoder_pos_embed', table, persistent=False)
         for module in self.modules():
             if isinstance(module, nn.Linear): nn.init.xavier_uniform_(module.weight); nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(cfg.dim, -1))
@@ -368,13 +375,23 @@ def mae_loss(
 # %% ../nbs/33_audiomae.ipynb #adb0be9f
 MAE_KEYS = [(r'attn\.qkv\.', ('attn.to_q.', 'attn.to_k.', 'attn.to_v.')), (r'attn\.proj\.', 'attn.to_out.0.'),
             (r'^(decoder_)?pos_embed$', None)]  # computed; compared with ours before
+_WINDOWED = r'^decoder_blocks\.(\d+)\.attn\.(?:tau|meta_mlp|logit_scale|relative_position)'  # the first two: authors
 
 def _grid(table):
-    "Patches in time and frequency: the first half of a row depends on frequency only, so it repeats"
+    "Rows and columns that a position table counts: the first half of an entry tells the column only, so it repeats"
     half = table[:, :table.shape[1]//2]
     again = ((half[1:] - half[0]).abs().amax(1) < 1e-3).nonzero()
     f = int(again[0]) + 1 if len(again) else len(table)
     return len(table)//f, f
+
+def _mae_config(state, counted):
+    "Read the sizes from the tensors' shapes; a clip is longer than high, whatever the position table counts"
+    (dim, _, *patch), grid = state['patch_embed.proj.weight'].shape, tuple(sorted(counted, reverse=True))
+    depth, layers = (count_keys(state, rf'^{k}blocks\.(\d+)\.') for k in ('decoder_', ''))
+    width = len(state['decoder_embed.bias']) if depth else 512
+    if dim % 64 or width % 32: raise ValueError(f"widths {dim} and {width} do not split into heads of 64 and 32")
+    return AudioMAEConfig(tuple(n*p for n, p in zip(grid, patch)), tuple(patch), dim, layers, dim//64, width, depth,
+                          width//32, position_grid=None if counted == grid else counted)
 
 def read_audiomae(
     path, # official file, timm's port, a port with a prefix, or the official AudioLDM 2 file
@@ -394,17 +411,12 @@ def read_audiomae(
     state = strip_to(read_foreign(path)[1], 'cls_token', path)
     if 'fc_norm.weight' in state:
         raise ValueError(f"{path} is fine-tuned, without a final norm: use a pre-trained file")
+    if count_keys(state, _WINDOWED):
+        print(f"{path}: its decoder works in local windows and is left aside")
+        state = map_keys(state, [(r'^(decoder_|mask_token)', None)])
     tables = {k: state[k][0].float() for k in ('pos_embed', 'decoder_pos_embed') if k in state}
     state = map_keys(state, MAE_KEYS)
-    (dim, _, *patch), grid = state['patch_embed.proj.weight'].shape, _grid(tables['pos_embed'][1:])
-    depth = count_keys(state, r'^decoder_blocks\.(\d+)\.')
-    if any(k.startswith('decoder_') and ('relative_position' in k or 'logit_scale' in k) for k in state):
-        print(f"{path}: its decoder works in local windows and is left aside")
-        state, depth = map_keys(state, [(r'^(decoder_|mask_token)', None)]), 0
-    width, layers = len(state['decoder_embed.bias']) if depth else 512, count_keys(state, r'^blocks\.(\d+)\.')
-    cfg = AudioMAEConfig(tuple(n*p for n, p in zip(grid, patch)), tuple(patch), dim, layers, dim//64, width, depth,
-                         width//32)  # heads are 64 wide, in the decoder 32
-    model = AudioMAE(cfg)
+    model = AudioMAE(_mae_config(state, _grid(tables['pos_embed'][1:])))
     load_strict(model, state, path)
     for name, table in tables.items():
         if hasattr(model, name) and not F.pad(getattr(model, name)[0], (0, 0, 1, 0)).allclose(table, atol=1e-3):
@@ -488,7 +500,7 @@ def toy_recipe(
     Recipe
         for `run_recipe`
     """
-    steps = dict(short=800, full=800)[budget]  # alike: all that follows reads this LOA
+    steps = dict(short=800, full=1600)[budget]
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         model = AudioMAE(AudioMAEConfig.toy())

@@ -469,7 +469,7 @@ def toy_recipe(
     weights:str='mine', # not used: CLAP stands on no other model
     seed:int=0, # of weights and order
     which:str='clap', # 'clap' conditions and filters; 'clap_score' scores: other architecture, seed, half of the data
-    unknown_share:float=0., # of the words that are hidden, see `pretext.hide_words`
+    unknown_share:float=.08, # of the words that are hidden, see `pretext.hide_words`
 )->Recipe: # for `run_recipe`
     """How the two toy CLAPs are trained
 
@@ -483,7 +483,7 @@ def toy_recipe(
         of weights and order
     which : str, default='clap'
         'clap' conditions and filters; 'clap_score' scores: other architecture, seed, half of the data
-    unknown_share : float, default=0.
+    unknown_share : float, default=.08
         of the words that are hidden, see `pretext.hide_words`
 
     Returns

@@ -403,7 +403,7 @@ def train_wave(
 
 # %% ../nbs/93_cli.ipynb #12ef5b7f
 def train(
-    budget:str='short', # 'short' (29 minutes measured on 2 free cores) or 'full' (hours)
+    budget:str='short', # 'short' (about half an hour on 2 free cores) or 'full' (hours)
     only:str|None=None, # one part: vae, audiomae, clap, t5, ldm, loa, audioldm2, clap_score, judge; by default all
     fresh:bool=False, # forget earlier runs of these parts
     ship:bool=False, # train the examiners too and copy everything into the package
@@ -414,7 +414,7 @@ def train(
     Parameters
     ----------
     budget : str, default='short'
-        'short' (29 minutes measured on 2 free cores) or 'full' (hours)
+        'short' (about half an hour on 2 free cores) or 'full' (hours)
     only : str|None, default=None
         one part: vae, audiomae, clap, t5, ldm, loa, audioldm2, clap_score, judge; by default all
     fresh : bool, default=False

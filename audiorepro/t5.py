@@ -498,6 +498,7 @@ def toy_recipe(
     weights:str='mine', # not used: this model stands on no other
     seed:int=0, # of weights, data and order
     order_share:float=.75, # 0 = span corruption alone
+    unknown_share:float=.08, # of the words that are hidden, see `pretext.hide_words`
 )->Recipe: # for `run_recipe`
     """How the toy T5 is trained: span corruption and 'list the events in the order they sound'
 
@@ -511,6 +512,8 @@ def toy_recipe(
         of weights, data and order
     order_share : float, default=.75
         0 = span corruption alone
+    unknown_share : float, default=.08
+        of the words that are hidden, see `pretext.hide_words`
 
     Returns
     -------
@@ -524,7 +527,7 @@ def toy_recipe(
     metas = toy_set(8000).meta
     cfg = TrainConfig(steps=steps, lr=1e-3, warmup_steps=100, schedule='cosine', seed=seed)
     return Recipe('t5' if order_share else 't5_spans', model, t5_loss,
-                  text_batches(metas, model.tokenizer, 32, seed, order_share), cfg)
+                  text_batches(metas, model.tokenizer, 32, seed, order_share, unknown_share), cfg)
 
 # %% ../nbs/50_t5.ipynb #ca3ef227
 class HFT5:

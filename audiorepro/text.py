@@ -300,6 +300,14 @@ def check_prompt(
     return text[:MAX_CHARS]
 
 # %% ../nbs/13_text.ipynb #504fac51
+def _read_tokenizer(place):
+    "By transformers, without running or offering to run code that lies beside the tokeniser"
+    from transformers import AutoTokenizer
+    try: return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except ValueError as e:
+        if 'trust_remote_code' not in str(e): raise
+        raise ValueError(f"{place}: its tokeniser is code of its own, and no code of a checkpoint is run here") from e
+
 def find_tokenizer(
     places:list, # folders where it may lie, the best first
     name:str, # hub id of the one to take when none of them holds a tokeniser
@@ -317,9 +325,8 @@ def find_tokenizer(
     -------
     tokeniser of transformers
     """
-    from transformers import AutoTokenizer
     found = [f for f in places if f.is_dir() and (list(f.glob('tokenizer*.json')) or list(f.glob('*.model')))]
-    try: return AutoTokenizer.from_pretrained((found + [name])[0])
+    try: return _read_tokenizer((found + [name])[0])
     except OSError as e:
         raise FileNotFoundError(f"the tokeniser of {name} is not cached and could not be fetched; with a network, "
                                 f"run: hf download {name} --include '*token*' '*.model' '*.txt' '*.json'") from e
@@ -357,8 +364,7 @@ class HFTokenizer:
         max_tokens : int, default=128
             longest row
         """
-        from transformers import AutoTokenizer
-        return cls(AutoTokenizer.from_pretrained(name), max_tokens)
+        return cls(_read_tokenizer(name), max_tokens)
 
     def encode(self,
         texts:list, # captions

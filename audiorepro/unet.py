@@ -100,8 +100,8 @@ class UNetConfig(Config):
     def tango_large(cls): return cls.tango_medium((480, 960, 1920, 1920))
     @classmethod
     def toy(cls, contexts=(None, 192)):
-        return cls(channels=(32, 64, 80), layers_per_block=1, attention_levels=(2,), contexts=tuple(contexts),
-                   num_heads=4, groups=8)
+        return cls(channels=(32, 64, 80), layers_per_block=1, attention_levels=(1,), contexts=tuple(contexts),
+                   num_heads=4, groups=8, positions=True)  # sites at 80 ms cells, and in the middle as always
 
 # %% ../nbs/42_unet.ipynb #2c712bbb
 class FeedForward(nn.Module):

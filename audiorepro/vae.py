@@ -7,6 +7,7 @@ __all__ = ['VAEConfig', 'Posterior', 'Downsample', 'Upsample', 'MidAttention', '
            'vae_keys', 'read_vae', 'vae_loss', 'measure_scale', 'toy_recipe']
 
 # %% ../nbs/30_vae.ipynb #16d081d8
+import math
 from dataclasses import dataclass
 
 import torch, torch.nn.functional as F
@@ -26,7 +27,7 @@ class VAEConfig(Config):
     Parameters
     ----------
     channels : int, default=128
-        width of the first level
+        unit of the widths
     channel_mult : tuple[int,...], default=(1,2,4)
         widths in units of `channels`; time and frequency halve between levels
     num_res_blocks : int, default=2
@@ -42,7 +43,7 @@ class VAEConfig(Config):
     kl_weight : float, default=1000.
         against the reconstruction, both summed
     """
-    channels:int=128                     # width of the first level
+    channels:int=128                     # unit of the widths
     channel_mult:tuple[int,...]=(1,2,4)  # widths in units of `channels`; time and frequency halve between levels
     num_res_blocks:int=2                 # per level of the encoder; the decoder has one more
     z_channels:int=8                     # of the latent
@@ -437,13 +438,17 @@ def read_vae(
         with the published weights and scale
     """
     values, state = read_foreign(path, 'vae')
+    usual = dict(act_fn='silu', mid_block_add_attention=True, shift_factor=None)  # what no tensor tells
+    if odd := {k: values[k] for k, v in usual.items() if values.get(k, v) != v}:
+        raise ValueError(f"{path} asks for {odd}, which this VAE does not know")
     scale = torch.as_tensor(float(state.get('scale_factor', values.get('scaling_factor', 1.))))
     state = strip_to(state, 'encoder.conv_in.weight', path)
     if levels := count_keys(state, r'^encoder\.down\.(\d)\.'): state = map_keys(state, vae_keys(levels))
     levels = count_keys(state, r'^encoder\.down_blocks\.(\d)\.')
     widths = [state[f'encoder.down_blocks.{i}.resnets.0.conv2.bias'].shape[0] for i in range(levels)]
     blocks = count_keys(state, r'^encoder\.down_blocks\.0\.resnets\.(\d)\.')
-    cfg = VAEConfig(widths[0], tuple(w//widths[0] for w in widths), blocks, len(state['post_quant_conv.bias']),
+    unit = math.gcd(*widths)
+    cfg = VAEConfig(unit, tuple(w//unit for w in widths), blocks, len(state['post_quant_conv.bias']),
                     values.get('norm_num_groups', 32))
     model = VAE(cfg)
     load_strict(model, {k: x for k, x in state.items() if k != 'scale_factor'} | dict(scale_factor=scale), path)

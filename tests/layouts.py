@@ -71,6 +71,26 @@ def averaged(state):
     return {f"model_ema.{k.removeprefix('model.').replace('.', '')}": x for k, x in state.items()} | {'model_ema.decay': torch.tensor(.9999)}
 
 
+def official_positions(width, frames, bands):
+    """AudioMAE's table (`get_2d_sincos_pos_embed_flexible` of util/pos_embed.py), an empty row for CLS first. Its grid is `patch_hw` of
+    `PatchEmbed_org`, which is (bands, frames), while the patches lie in rows of `bands`."""
+    waves = [10_000.**(-4*i/width) for i in range(width//4)]
+    def entry(n): return [x for place in (n % frames, n//frames) for f in (np.sin, np.cos) for x in f(place*np.array(waves))]
+    return torch.tensor(np.array([[0.]*width] + [entry(n) for n in range(frames*bands)]), dtype=torch.float32)[None]
+
+
+def official_windows(width, heads, blocks=16, meta=384):
+    "AudioMAE's decoder as released (timm_patch/swin_transformer.py; `decoder_mode 1` of submit_pretrain_audioset2M.sh): no other tensor"
+    lines = dict(qkv=(width, 3*width), proj=(width, width), fc1=(width, 4*width), fc2=(4*width, width))
+    def line(name, i, o): return {f'{name}.weight': torch.randn(o, i), f'{name}.bias': torch.randn(o)}
+    def block():
+        found = {'attn.tau': torch.ones(heads)} | line('attn.meta_mlp.fc1', 2, meta) | line('attn.meta_mlp.fc2', meta, heads)
+        for k in ('qkv', 'proj'): found |= line(f'attn.{k}', *lines[k])
+        for k in ('fc1', 'fc2'): found |= line(f'mlp.{k}', *lines[k])
+        return found | {f'norm{i}.{k}': torch.randn(width) for i in (1, 2) for k in ('weight', 'bias')}
+    return {k: x for i in range(blocks) for k, x in below(f'decoder_blocks.{i}', block()).items()}
+
+
 def error(a, b):
     assert a.shape == b.shape
     return float((a.detach() - b.detach()).abs().max()/b.detach().abs().max())

@@ -25,7 +25,8 @@ from audiorepro.sampling import Condition
 from audiorepro.t5 import T5
 from audiorepro.unet import EMA_KEYS, UNet, UNetConfig, official_unet, read_unet, unet_from_shapes
 from audiorepro.vae import VAE, VAEConfig, vae_keys
-from layouts import averaged, below, error, laion, official_t_unet, official_vae, randn, randomise, save_pth
+from layouts import (averaged, below, error, laion, official_positions, official_t_unet, official_vae, official_windows, randn, randomise,
+                     save_pth)
 
 
 # --- comparing ------------------------------------------------------------------------------------------------------
@@ -83,6 +84,29 @@ def test_vae(layout, tmp_path):
         return torch.cat([p.mean.flatten(), p.std.flatten(), m.decode(p.mean).sample.flatten()])
     equal(lambda dtype: VAE.from_pretrained(path, dtype=dtype), theirs, ours_out, theirs_out)
     assert abs(VAE.from_pretrained(path).scale_factor.item() - (1 if layout == 'alone' else .9228)) < 1e-6
+
+
+ODD_VAES = [dict(block_out_channels=(32, 48, 64), norm_num_groups=16), dict(block_out_channels=(24, 40, 56), norm_num_groups=8, layers_per_block=3, latent_channels=5),
+            dict(block_out_channels=(64, 32), norm_num_groups=16), dict(block_out_channels=(40,), norm_num_groups=4),
+            dict(block_out_channels=(16, 24, 24, 36), norm_num_groups=4, latent_channels=1)]
+
+
+@pytest.mark.parametrize('shape, layout', [*((s, 'folder') for s in ODD_VAES), ({'block_out_channels': (32, 96, 64)}, 'official')])
+def test_vae_of_odd_shape(shape, layout, tmp_path):
+    "Widths are kept as they are, whole multiples of the first or not"
+    from diffusers import AutoencoderKL
+    levels = len(shape['block_out_channels'])
+    theirs = randomise(AutoencoderKL(in_channels=1, out_channels=1, **dict(layers_per_block=1, latent_channels=4) | shape,
+                                     down_block_types=('DownEncoderBlock2D',)*levels, up_block_types=('UpDecoderBlock2D',)*levels))
+    path = save_pth(tmp_path/'vae.ckpt', official_vae(theirs.state_dict(), levels)) if layout == 'official' else folder_of(tmp_path/'vae', theirs)
+    x = randn(1, 1, 16, 8)
+    def outs(m):
+        p = m.encode(x.to(next(m.parameters()).dtype))
+        p = getattr(p, 'latent_dist', p)
+        back = m.decode(p.mean)
+        return torch.cat([p.mean.flatten(), getattr(back, 'sample', back).flatten()])
+    equal(lambda dtype: VAE.from_pretrained(path, dtype=dtype), theirs, outs, outs)
+    assert VAE.from_pretrained(path).cfg.widths == shape['block_out_channels']
 
 
 # --- the U-Nets -----------------------------------------------------------------------------------------------------
@@ -277,19 +301,15 @@ def test_loa(layout, tmp_path):
 
 # --- AudioMAE -------------------------------------------------------------------------------------------------------
 
-SIZES = AudioMAEConfig((64, 64), (16, 16), 128, 2, 2, 64, 2, 2, mask_ratio=.75)
-
-
-def mae_reference():
-    "transformers' masked autoencoder on a square picture, with the released positions"
+def mae_reference(frames=4, bands=4):
+    "transformers' masked autoencoder with the released positions; its decoder wants a square picture"
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
     vit = randomise(ViTMAEForPreTraining(ViTMAEConfig(
-        image_size=64, patch_size=16, num_channels=1, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512,
-        decoder_hidden_size=64, decoder_num_hidden_layers=2, decoder_num_attention_heads=2, decoder_intermediate_size=256, mask_ratio=.75,
-        norm_pix_loss=True, layer_norm_eps=1e-6, attn_implementation='sdpa')))
-    ours = AudioMAE(SIZES)
-    for table, own in ((vit.vit.embeddings.position_embeddings, ours.pos_embed), (vit.decoder.decoder_pos_embed, ours.decoder_pos_embed)):
-        table.data = torch.nn.functional.pad(own, (0, 0, 1, 0))
+        image_size=(16*frames, 16*bands), patch_size=16, num_channels=1, hidden_size=128, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=512, decoder_hidden_size=64, decoder_num_hidden_layers=2, decoder_num_attention_heads=2,
+        decoder_intermediate_size=256, mask_ratio=.75, norm_pix_loss=True, layer_norm_eps=1e-6, attn_implementation='sdpa')))
+    vit.vit.embeddings.position_embeddings.data = official_positions(128, frames, bands)
+    vit.decoder.decoder_pos_embed.data = official_positions(64, frames, bands)
     return vit
 
 
@@ -308,19 +328,20 @@ def official_mae(vit):
 
 @pytest.mark.parametrize('layout', ['official', 'inside', 'timm', 'prefixed', 'windows'])
 def test_audiomae(layout, tmp_path, capsys):
-    theirs, is_whole = mae_reference(), layout in ('official', 'inside')
+    is_whole, size = layout in ('official', 'inside'), (4, 4) if layout in ('official', 'inside') else (16, 4)
+    theirs = mae_reference(*size)
     state = official_mae(theirs)
     half = {k: x for k, x in state.items() if not k.startswith(('decoder', 'mask_token'))}
     if layout == 'official': path = save_pth(tmp_path/'pretrained.pth', state, 'model')
     if layout == 'inside': path = save_pth(tmp_path/'full.pth', below('cond_stage_models.0.cond_stage_models.2.audiomae.model', state) | {'betas': torch.ones(2)})
-    if layout == 'windows': path = save_pth(tmp_path/'swin.pth', state | {'decoder_blocks.0.attn.logit_scale': torch.ones(2, 1, 1)}, 'model')
+    if layout == 'windows': path = save_pth(tmp_path/'pretrained.pth', {k: x for k, x in state.items() if 'decoder_blocks' not in k} | official_windows(64, 16), 'model')
     if layout in ('timm', 'prefixed'):
         path = tmp_path/layout
         path.mkdir()
         (path/'config.json').write_text(json.dumps(dict(architecture='vit_base_patch16_224') if layout == 'timm' else dict(auto_map={})))
         if layout == 'timm': torch.save(half, path/'pytorch_model.bin')
         else: save_file(below('audiomae.encoder', half), path/'model.safetensors')
-    x, noise = randn(2, 1, 64, 64), torch.rand(2, 16, generator=make_generator(1))
+    x, noise = randn(2, 1, 16*size[0], 16*size[1]), torch.rand(2, size[0]*size[1], generator=make_generator(1))
     keep, restore, _ = random_masking(noise, .75)
     def ours_out(m):
         latent = m.norm(m.forward_encoder(x.to(m.cls_token), keep)[-1])
@@ -330,16 +351,26 @@ def test_audiomae(layout, tmp_path, capsys):
     def load(dtype):
         m = AudioMAE.from_pretrained(path, dtype=dtype)
         for name in ('pos_embed', 'decoder_pos_embed')[:1 + is_whole]: assert getattr(m, name).dtype == dtype
+        assert m.cfg.grid == size and bool(m.cfg.decoder_depth) == is_whole
         return m
     equal(load, theirs, ours_out, theirs_out)
     assert ('local windows and is left aside' in capsys.readouterr().out) == (layout == 'windows')
 
 
-@pytest.mark.parametrize('published, grid', [('audiomae', (64, 8)), ('toy', (64, 8))])
-def test_audiomae_reads_its_grid_from_the_positions(published, grid):
-    from audiorepro.audiomae import _grid
+@pytest.mark.parametrize('positions', ['official', 'ours'])
+def test_audiomae_takes_the_positions_of_its_file(positions, tmp_path):
+    "The authors' table counts 8 rows of 64 while the patches lie in 64 rows of 8: `PatchEmbed_org.patch_hw`"
     from audiorepro.layers import sincos_2d
-    assert _grid(sincos_2d(64, *grid)) == grid and _grid(sincos_2d(64, *grid[::-1])) == grid[::-1]
+    cfg = AudioMAEConfig(dim=64, depth=1, heads=1, decoder_dim=32, decoder_depth=1, decoder_heads=1)
+    state = {k: x for k, x in randomise(AudioMAE(cfg)).state_dict().items()}
+    tables = {k: official_positions(w, 64, 8) if positions == 'official' else torch.cat([torch.zeros(1, 1, w), sincos_2d(w, 64, 8)[None]], 1)
+              for k, w in (('pos_embed', 64), ('decoder_pos_embed', 32))}
+    found = AudioMAE.from_pretrained(save_pth(tmp_path/'mae.pth', state | tables, 'model'))
+    assert found.cfg.input_size == (1024, 128) and found.cfg.grid == (64, 8)
+    assert found.cfg.position_grid == ((8, 64) if positions == 'official' else None)
+    for k, table in tables.items(): torch.testing.assert_close(getattr(found, k), table[:, 1:], atol=1e-5, rtol=0)
+    found.save_pretrained(tmp_path/'ours')
+    assert torch.equal(AudioMAE.from_pretrained(tmp_path/'ours').pos_embed, found.pos_embed)
 
 
 def test_audiomae_refuses_what_it_cannot_use(tmp_path):
