@@ -170,7 +170,7 @@ def test_the_authors_file_is_a_whole_system(tmp_path, monkeypatch):
                     | below('cond_stage_models.1.model', t5) | {'scale_factor': torch.tensor(.9228), 'betas': torch.ones(9)})
     places = {'google/flan-t5-large': 'tokenizer_2', 'roberta-base': 'tokenizer'}
     load = transformers.AutoTokenizer.from_pretrained
-    monkeypatch.setattr(transformers.AutoTokenizer, 'from_pretrained', lambda name: load(tmp_path/'folder'/places.get(str(name), name)))
+    monkeypatch.setattr(transformers.AutoTokenizer, 'from_pretrained', lambda name, **_: load(tmp_path/'folder'/places.get(str(name), name)))
     options = dict(seed=0, num_inference_steps=2, audio_length_in_s=.64)
     a = AudioLDM2.from_pretrained(path)(PROMPTS[0], **options)
     b = AudioLDM2.from_pretrained(tmp_path/'folder', head_layout='official')(PROMPTS[0], **options)
