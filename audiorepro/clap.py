@@ -575,6 +575,11 @@ def clap_sizes(
     return dict(text_config=text | dict(projection_dim=dim), audio_config=sound, projection_dim=dim)
 
 # %% ../nbs/34_clap.ipynb #f0329583
+def _settings(values):
+    "Settings without those that would fetch code: transformers takes kernels of attention from the hub by name"
+    return {k: _settings(v) if isinstance(v, dict) else v for k, v in values.items()
+            if not k.startswith('_') and not k.endswith('_implementation')}
+
 def read_clap(
     path:Path, # folder of transformers (or of a pipeline), laion_clap's `.pt`, or the official AudioLDM 2 file
 ): # `ClapModel` of transformers, every tensor filled
@@ -592,7 +597,7 @@ def read_clap(
     from transformers import ClapConfig, ClapModel
     values, state = read_foreign(path, 'text_encoder')
     if not values: state = map_keys(strip_to(state, 'logit_scale_a', path), CLAP_KEYS)
-    model = ClapModel(ClapConfig.from_dict(values) if values else ClapConfig(**clap_sizes(state)))
+    model = ClapModel(ClapConfig.from_dict(_settings(values)) if values else ClapConfig(**clap_sizes(state)))
     fixed = r'(position_ids|token_type_ids|relative_position_index)$'  # counting, not weights: kept as built
     state = map_keys(state, [(fixed, None)]) | {k: x for k, x in model.state_dict().items() if re.search(fixed, k)}
     load_strict(model, state, path)

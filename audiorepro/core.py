@@ -9,12 +9,14 @@ __all__ = ['WEIGHTS', 'WEIGHT_FILES', 'project_root', 'out_dir', 'write_atomic',
 
 # %% ../nbs/01_core.ipynb #6d0a1d37
 import io, json, numbers, os, re, shutil, stat, types, typing, uuid
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .guard import as_device, check_int, check_number, check_target, default_device, lock_folder
 
@@ -380,6 +382,7 @@ def find_weights(
     if kind != 'toy' and _holds_weights(folder): return folder
     is_hub_id = re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', str(name)) and folder.suffix not in WEIGHT_FILES
     if kind != 'toy' and is_hub_id and not folder.exists(): return _from_hub(str(name))
+    if folder.exists() and not folder.is_dir(): raise ValueError(f"{folder} is no regular file")
     raise FileNotFoundError(f"no weights at {folder}: config.json is missing")
 
 # %% ../nbs/01_core.ipynb #8f3246a1
@@ -439,19 +442,27 @@ def read_safetensors(
     """
     from safetensors.torch import load_file
     if not Path(path).exists(): raise FileNotFoundError(f"{path} does not exist")
+    if not Path(path).is_file(): raise ValueError(f"{path} is no regular file")
     try: return load_file(str(path))
     except Exception as e:
-        head = Path(path).read_bytes()[:2]
+        with open(path, 'rb') as f: head = f.read(2)
         is_pickle = head in (b'PK', b'\x80\x02', b'\x80\x04')
         kind = 'a pickle or zip archive, not safetensors' if is_pickle else 'truncated or not safetensors'
         raise ValueError(f"{path} is {kind}: {e}") from e
+
+def _fault(x, own):
+    "Why a tensor of the right shape is no weight; '' when it is one"
+    if x.layout != torch.strided or x.is_meta: return 'holds no plain numbers'
+    if x.is_floating_point() != own.is_floating_point(): return f'is {x.dtype}, expected {own.dtype}'
+    if own.is_floating_point() and not x.to(own.dtype).isfinite().all(): return 'holds values that are not finite'
+    return ''
 
 def load_strict(
     model:nn.Module, # receives the tensors
     state:dict, # name -> tensor
     where='state', # named in the error
 ):
-    """Load every tensor or none; the error lists what is missing, surplus or of another shape
+    """Load every tensor or none; the error lists what is missing, surplus, of another shape or kind, or not finite
 
     Parameters
     ----------
@@ -466,9 +477,27 @@ def load_strict(
     problems = [f"missing {k}" for k in own if k not in state] + [f"surplus {k}" for k in state if k not in own]
     problems += [f"{k} has shape {tuple(state[k].shape)}, expected {tuple(own[k].shape)}"
                  for k in own if k in state and own[k].shape != state[k].shape]
+    problems += [f"{k} {fault}" for k in own if k in state and own[k].shape == state[k].shape
+                 and (fault := _fault(state[k], own[k]))]
     if problems: raise ValueError(f"{where} does not fit {type(model).__name__}: " + '; '.join(problems[:20])
                                   + (f"; and {len(problems) - 20} more" if len(problems) > 20 else ''))
     model.load_state_dict(state)
+
+# %% ../nbs/01_core.ipynb #5d491854
+@contextmanager
+def _no_larger_than(path):
+    "While a network is built: stop when it outgrows its files, before memory is touched; every error names them"
+    files = [path] if path.is_file() else [p for p in path.rglob('*') if p.name.endswith(WEIGHT_FILES) and p.is_file()]
+    room = [4*sum(p.stat().st_size for p in files) + 2**24, 20_000]  # bytes (from 8 to 32 bits), tensors
+    def count(module, name, x):
+        room[:] = (room[0] - x.nbytes, room[1] - 1) if x is not None else room
+        if min(room) < 0: raise ValueError(f"{path}: the settings ask for a larger network than the file holds")
+    hook = register_module_parameter_registration_hook(count)
+    try: yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        if isinstance(e, ValueError) and path.name in str(e): raise
+        raise ValueError(f"{path} cannot be read: {e if isinstance(e, ValueError) else repr(e)}") from e
+    finally: hook.remove()
 
 # %% ../nbs/01_core.ipynb #d74c4fba
 class Model(nn.Module):
@@ -525,10 +554,9 @@ class Model(nn.Module):
             of the floating-point tensors
         """
         path, device = find_weights(name, cls.component), as_device(device)
-        if is_foreign(path): model = cls.from_foreign(path)
-        else:
-            model = cls(cls.config_class.load(path/'config.json'))
-            load_strict(model, read_safetensors(path/'model.safetensors'), path)
+        with _no_larger_than(path):
+            model = cls.from_foreign(path) if is_foreign(path) else cls(cls.config_class.load(path/'config.json'))
+            if not is_foreign(path): load_strict(model, read_safetensors(path/'model.safetensors'), path)
         return model.to(device=device, dtype=dtype).eval()
 
 # %% ../nbs/01_core.ipynb #d3d596a8

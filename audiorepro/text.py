@@ -300,13 +300,13 @@ def check_prompt(
     return text[:MAX_CHARS]
 
 # %% ../nbs/13_text.ipynb #504fac51
-def _read_tokenizer(place):
-    "By transformers, without running or offering to run code that lies beside the tokeniser"
+def _load_tokenizer(place):
+    "A tokeniser of transformers; code that lies beside it is never run, whoever is asked"
     from transformers import AutoTokenizer
     try: return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except ValueError as e:
-        if 'trust_remote_code' not in str(e): raise
-        raise ValueError(f"{place}: its tokeniser is code of its own, and no code of a checkpoint is run here") from e
+    except Exception as e:
+        if not Path(place).exists(): raise
+        raise ValueError(f"{place} holds no tokeniser that can be read without running its code: {e}") from e
 
 def find_tokenizer(
     places:list, # folders where it may lie, the best first
@@ -326,7 +326,7 @@ def find_tokenizer(
     tokeniser of transformers
     """
     found = [f for f in places if f.is_dir() and (list(f.glob('tokenizer*.json')) or list(f.glob('*.model')))]
-    try: return _read_tokenizer((found + [name])[0])
+    try: return _load_tokenizer((found + [name])[0])
     except OSError as e:
         raise FileNotFoundError(f"the tokeniser of {name} is not cached and could not be fetched; with a network, "
                                 f"run: hf download {name} --include '*token*' '*.model' '*.txt' '*.json'") from e
@@ -364,7 +364,7 @@ class HFTokenizer:
         max_tokens : int, default=128
             longest row
         """
-        return cls(_read_tokenizer(name), max_tokens)
+        return cls(_load_tokenizer(name), max_tokens)
 
     def encode(self,
         texts:list, # captions
