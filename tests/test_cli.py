@@ -8,6 +8,8 @@ import audiorepro
 from audiorepro import cli
 from audiorepro.cli import main, make_parser
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored, and hand that on
+
 COMMANDS = (cli.say, cli.reconstruct, cli.convert, cli.tour, cli.train, cli.claims, cli.doctor)
 
 
