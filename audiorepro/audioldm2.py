@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TABLE_1', 'AudioLDM2Config', 'TextToLatent', 'generator_condition', 'null_condition', 'joint_loss', 'AudioLDM2',
            'encode_prompts', 'encode_nothing', 'latent_shape', 'latent_frames', 'generate', 'latents_to_wav',
-           'joint_tensors', 'toy_recipe', 'Row', 'table_recipe', 'paper_recipe']
+           'joint_tensors', 'toy_recipe', 'TableRow', 'table_recipe', 'paper_recipe']
 
 # %% ../nbs/53_audioldm2.ipynb #995c4eab
 import warnings
@@ -31,7 +31,7 @@ from .sampling import Condition, check_sampling, item_seeds, sample_ddim
 from .unet import UNet, UNetConfig, add_context
 from .ldm import true_latents
 from .t5 import T5
-from .loa import LOAConfig, LOAModel, Muted, all_true, loa_conditions, loa_criterion, loa_tensors
+from .loa import LOAConfig, LOAModel, MutedText, all_true, loa_conditions, loa_criterion, loa_tensors
 from .public import find_pipeline, read_pipeline, text_states
 
 # %% ../nbs/53_audioldm2.ipynb #b66d3603
@@ -550,7 +550,7 @@ def joint_tensors(
     """
     toy = toy_set(clips, family=family)
     vae, audiomae, clap, t5 = (part.from_pretrained(weights) for part in (VAE, AudioMAE, CLAP, T5))
-    tensors = loa_tensors(toy, audiomae, clap, Muted(t5) if muted else t5, wordings=wordings, unknown_share=.08)
+    tensors = loa_tensors(toy, audiomae, clap, MutedText(t5) if muted else t5, wordings=wordings, unknown_share=.08)
     return tensors | dict(z_0=true_latents(toy, vae).repeat(wordings, 1, 1, 1))
 
 def toy_recipe(
@@ -599,7 +599,7 @@ def toy_recipe(
 
 # %% ../nbs/53_audioldm2.ipynb #550e47fb
 @dataclass(frozen=True)
-class Row(Config):
+class TableRow(Config):
     """One row of Table I (AudioLDM 2)
 
     Parameters
@@ -627,13 +627,13 @@ class Row(Config):
 _TEXT, _SPEECH = ('CLAP text', 'FLAN-T5'), ('CLAP audio', 'phonemes')
 _FULL = ('AudioCaps', 'AudioSet', 'WavCaps', 'VGGSound', 'Million Song Dataset')
 TABLE_1 = {
-    'AudioLDM 2-AC': Row(8, '346M', ('AudioCaps',), _TEXT, 'audioldm2', 'event'),
-    'AudioLDM 2-MSD': Row(8, '346M', ('Million Song Dataset',), _TEXT, 'audioldm2', 'melody'),
-    'AudioLDM 2-Full': Row(8, '346M', _FULL, _TEXT, 'audioldm2', ''),
-    'AudioLDM 2-AC-Large': Row(8, '712M', ('AudioCaps',), _TEXT, 'audioldm2_large', 'event'),
-    'AudioLDM 2-Full-Large': Row(8, '712M', _FULL, _TEXT, 'audioldm2_large', ''),
-    'AudioLDM 2-LJS': Row(1, '346M', ('LJSpeech',), _SPEECH, 'audioldm2_speech', None),
-    'AudioLDM 2-LJS-Pretrained': Row(1, '346M', ('LJSpeech', 'GigaSpeech'), _SPEECH, 'audioldm2_speech', None),
+    'AudioLDM 2-AC': TableRow(8, '346M', ('AudioCaps',), _TEXT, 'audioldm2', 'event'),
+    'AudioLDM 2-MSD': TableRow(8, '346M', ('Million Song Dataset',), _TEXT, 'audioldm2', 'melody'),
+    'AudioLDM 2-Full': TableRow(8, '346M', _FULL, _TEXT, 'audioldm2', ''),
+    'AudioLDM 2-AC-Large': TableRow(8, '712M', ('AudioCaps',), _TEXT, 'audioldm2_large', 'event'),
+    'AudioLDM 2-Full-Large': TableRow(8, '712M', _FULL, _TEXT, 'audioldm2_large', ''),
+    'AudioLDM 2-LJS': TableRow(1, '346M', ('LJSpeech',), _SPEECH, 'audioldm2_speech', None),
+    'AudioLDM 2-LJS-Pretrained': TableRow(1, '346M', ('LJSpeech', 'GigaSpeech'), _SPEECH, 'audioldm2_speech', None),
 }
 
 def table_recipe(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'WEIGHT_FILES', 'project_root', 'out_dir', 'write_atomic', 'write_atomic_folder', 'figures_dir',
            'results_dir', 'save_fig', 'save_json', 'load_json', 'Config', 'count_params', 'make_generator',
-           'find_weights', 'is_foreign', 'read_safetensors', 'load_strict', 'Model', 'at_scale']
+           'find_weights', 'is_foreign', 'read_safetensors', 'load_strict', 'no_larger_than', 'Model', 'at_scale']
 
 # %% ../nbs/01_core.ipynb #6d0a1d37
-import io, json, numbers, os, re, shutil, stat, types, typing, uuid
+import importlib, io, json, numbers, os, re, shutil, stat, types, typing, uuid
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
@@ -413,9 +413,6 @@ def is_foreign(
     marks = {'_class_name', 'model_type', 'architectures', 'architecture', 'auto_map'}
     return isinstance(found, dict) and not marks.isdisjoint(found)
 
-def _refuse(cls, path):
-    raise ValueError(f"{path} was not written by `save_pretrained`, and {cls.__name__} knows no published layout")
-
 def _from_hub(name):
     "Folder of a hub snapshot, from the local cache or downloaded"
     from huggingface_hub import snapshot_download
@@ -485,8 +482,16 @@ def load_strict(
 
 # %% ../nbs/01_core.ipynb #5d491854
 @contextmanager
-def _no_larger_than(path):
-    "While a network is built: stop when it outgrows its files, before memory is touched; every error names them"
+def no_larger_than(
+    path:Path, # of the weights
+):
+    """While a network is built: stop when it outgrows its files, before memory is touched; every error names them
+
+    Parameters
+    ----------
+    path : Path
+        of the weights
+    """
     files = [path] if path.is_file() else [p for p in path.rglob('*') if p.name.endswith(WEIGHT_FILES) and p.is_file()]
     room = [4*sum(p.stat().st_size for p in files) + 2**24, 20_000]  # bytes (from 8 to 32 bits), tensors
     def count(module, name, x):
@@ -503,12 +508,19 @@ def _no_larger_than(path):
 class Model(nn.Module):
     "A module built from a config that can be saved and restored without losing or inventing a tensor"
     config_class, component = Config, 'model' # set by each model: its config and the name of its folder of toy weights
-    from_foreign = classmethod(_refuse) # path -> model; models that know published layouts override it
+    reader = '' # 'module.function' of the package: published layout -> model; '' where none is known
 
     def __init__(self, cfg): super().__init__(); self.cfg = cfg
 
     @property
     def device(self): return next(self.parameters()).device
+
+    @classmethod
+    def from_foreign(cls, path):
+        "Hand a published layout to the function that `reader` names"
+        module, _, function = cls.reader.partition('.')
+        if function: return getattr(importlib.import_module(f'audiorepro.{module}'), function)(path)
+        raise ValueError(f"{path} was not written by `save_pretrained`, and {cls.__name__} knows no published layout")
 
     def save_pretrained(self,
         folder:str|Path, # made when missing
@@ -554,7 +566,7 @@ class Model(nn.Module):
             of the floating-point tensors
         """
         path, device = find_weights(name, cls.component), as_device(device)
-        with _no_larger_than(path):
+        with no_larger_than(path):
             model = cls.from_foreign(path) if is_foreign(path) else cls(cls.config_class.load(path/'config.json'))
             if not is_foreign(path): load_strict(model, read_safetensors(path/'model.safetensors'), path)
         return model.to(device=device, dtype=dtype).eval()

@@ -14,12 +14,12 @@ from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
 
-from .clap import HFCLAP
+from .clap_files import HFCLAP
 from .core import find_weights
 from .diffusion import Schedule
 from .loa import LOAModel
 from .mel import MelConfig
-from .t5 import HFT5
+from .t5_files import HFT5
 from .unet import UNet
 from .vae import VAE
 from .vocoder import HifiGan

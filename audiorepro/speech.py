@@ -4,19 +4,16 @@
 
 # %% auto #0
 __all__ = ['ALPHABETS', 'clean_english', 'english_phonemes', 'toy_phonemes', 'PhonemeTokenizer', 'PhonemeConfig',
-           'RelativeAttention', 'PhonemeBlock', 'VitsTextEncoder', 'PhonemeEncoder', 'vits_state',
-           'official_phoneme_state', 'load_phonemes']
+           'RelativeAttention', 'PhonemeBlock', 'VitsTextEncoder', 'PhonemeEncoder']
 
 # %% ../nbs/55_speech.ipynb #2e40008e
 import math, re, string, unicodedata, warnings
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoints import map_keys, read_foreign, strip_to
-from .core import Config, Model, load_strict
+from .core import Config, Model
 from .synth import PHONEMES, SYLLABLES
 from .text import pad_ids
 
@@ -338,6 +335,8 @@ class PhonemeEncoder(VitsTextEncoder):
     cfg : PhonemeConfig
         sizes
     """
+    reader = 'speech_files.load_phonemes'
+
     def __init__(self,
         cfg:PhonemeConfig, # sizes
     ):
@@ -385,101 +384,3 @@ class PhonemeEncoder(VitsTextEncoder):
         if self.tokenizer is None: raise ValueError("cfg.alphabet is empty: this encoder reads ids, not texts")
         ids, mask = (x.to(self.device) for x in self.tokenizer.encode(texts))
         return self(ids, mask), mask
-
-    @classmethod
-    def from_foreign(cls,
-        path:Path, # folder of a `VitsModel`, a diffusers folder that has one, or an official speech checkpoint
-    ): # in the layout of its file
-        """Read a published phoneme encoder
-
-        Parameters
-        ----------
-        path : Path
-            folder of a `VitsModel`, a diffusers folder that has one, or an official speech checkpoint
-
-        Returns
-        -------
-        in the layout of its file
-        """
-        return load_phonemes(path)
-
-# %% ../nbs/55_speech.ipynb #f859d015
-def _narrow(x): return x.squeeze(-1) if x.ndim == 3 else x
-
-def vits_state(
-    state:dict, # tensors of transformers' `VitsModel` or of its text encoder
-)->dict: # tensors for `PhonemeEncoder`, without `positions`
-    """Names of transformers -> ours
-
-    Parameters
-    ----------
-    state : dict
-        tensors of transformers' `VitsModel` or of its text encoder
-
-    Returns
-    -------
-    dict
-        tensors for `PhonemeEncoder`, without `positions`
-    """
-    return map_keys(strip_to(state, 'embed_tokens.weight', 'VitsModel'), [
-        (r'^embed_tokens', 'embed'), (r'^encoder\.layers', 'blocks'), (r'\.feed_forward\.', '.'),
-        (r'attention\.([qkv])_proj', r'attn.to_\1'), (r'attention\.out_proj', 'attn.to_out'),
-        (r'attention\.emb_rel_', 'attn.rel_'), (r'\.layer_norm', '.norm1'), (r'\.final_layer_norm', '.norm2')])
-
-def official_phoneme_state(
-    state:dict, # tensors of an official AudioLDM 2 speech checkpoint
-)->dict: # tensors for `PhonemeEncoder`
-    """Names of the official file -> ours
-
-    Parameters
-    ----------
-    state : dict
-        tensors of an official AudioLDM 2 speech checkpoint
-
-    Returns
-    -------
-    dict
-        tensors for `PhonemeEncoder`
-    """
-    return map_keys(strip_to(state, 'learnable_positional_embedding', 'checkpoint'), [
-        (r'^learnable_positional_embedding', 'positions'), (r'^text_encoder\.', ''), (r'^emb\.', 'embed.'),
-        (r'^proj\.', 'project.'), (r'^encoder\.attn_layers\.(\d+)\.conv_([qkv])', r'blocks.\1.attn.to_\2', _narrow),
-        (r'^encoder\.attn_layers\.(\d+)\.conv_o', r'blocks.\1.attn.to_out', _narrow),
-        (r'^encoder\.attn_layers\.(\d+)\.emb_rel_', r'blocks.\1.attn.rel_'),
-        (r'^encoder\.ffn_layers\.(\d+)', r'blocks.\1'),
-        (r'^encoder\.norm_layers_(\d)\.(\d+)\.gamma', r'blocks.\2.norm\1.weight'),
-        (r'^encoder\.norm_layers_(\d)\.(\d+)\.beta', r'blocks.\2.norm\1.bias')])
-
-# %% ../nbs/55_speech.ipynb #a916cafa
-_NAMES = dict(vocab_size='vocab_size', hidden_size='dim', window_size='window', num_hidden_layers='layers',
-              num_attention_heads='heads', ffn_dim='ffn_dim', ffn_kernel_size='kernel_size', hidden_dropout='dropout')
-
-def load_phonemes(
-    path:str|Path, # see `PhonemeEncoder.from_foreign`
-)->PhonemeEncoder: # in eval mode
-    """Build a phoneme encoder from a published layout
-
-    Parameters
-    ----------
-    path : str|Path
-        see `PhonemeEncoder.from_foreign`
-
-    Returns
-    -------
-    PhonemeEncoder
-        in eval mode
-    """
-    config, state = read_foreign(path, 'text_encoder_2')
-    if not config: cfg, found = PhonemeConfig.audioldm2_speech(), official_phoneme_state(state)
-    else:
-        projection = Path(path)/'projection_model'
-        positions = read_foreign(projection)[1].get('learnable_positional_embedding') if projection.is_dir() else None
-        length = PhonemeConfig().max_length if positions is None else positions.shape[-1]
-        given = {_NAMES[k]: v for k, v in config.items() if k in _NAMES}
-        cfg = PhonemeConfig(**dict(vocab_size=38) | given, max_length=length)
-        cfg = replace(cfg, alphabet='vits' if cfg.vocab_size == 183 else '')
-        found = vits_state(state)
-        found['positions'] = found['embed.weight'].new_zeros(1, cfg.dim, length) if positions is None else positions
-    model = PhonemeEncoder(cfg)
-    load_strict(model, found, path)
-    return model.eval()

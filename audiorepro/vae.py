@@ -4,17 +4,15 @@
 
 # %% auto #0
 __all__ = ['VAEConfig', 'Posterior', 'Downsample', 'Upsample', 'MidAttention', 'MidBlock', 'Level', 'Encoder', 'Decoder', 'VAE',
-           'vae_keys', 'read_vae', 'vae_loss', 'measure_scale', 'toy_recipe']
+           'vae_loss', 'measure_scale', 'toy_recipe']
 
 # %% ../nbs/30_vae.ipynb #16d081d8
-import math
 from dataclasses import dataclass
 
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checkpoints import count_keys, map_keys, read_foreign, strip_to
-from .core import Config, Model, load_strict, make_generator
+from .core import Config, Model, make_generator
 from .datasets import toy_set
 from .layers import ResBlock2d, attention
 from .training import Recipe, TrainConfig, tensor_batches
@@ -312,7 +310,7 @@ class Decoder(nn.Module):
 class VAE(Model):
     "Convolutional variational autoencoder for log-mel spectrograms (AudioLDM 2, sec. III-B4)"
     config_class, component = VAEConfig, 'vae'
-    from_foreign = classmethod(lambda cls, path: read_vae(path))
+    reader = 'vae_files.read_vae'
 
     def __init__(self, cfg):
         super().__init__(cfg)
@@ -394,65 +392,6 @@ class VAE(Model):
             `(B, 1, T, F)` natural-log mel
         """
         return self.decode(z_0/self.scale_factor)
-
-# %% ../nbs/30_vae.ipynb #8f57f7f9
-def _flat(x): return x.reshape(x.shape[:2])  # a 1x1 convolution is a matrix
-
-def vae_keys(
-    levels:int, # of the autoencoder
-)->list: # rules for `map_keys`: released code -> diffusers and us
-    """Rename the released autoencoder
-
-    Parameters
-    ----------
-    levels : int
-        of the autoencoder
-
-    Returns
-    -------
-    list
-        rules for `map_keys`: released code -> diffusers and us
-    """
-    return [(r'^(vocoder|loss)\.', None), (r'\.norm_out', '.conv_norm_out'), (r'nin_shortcut', 'conv_shortcut'),
-            (r'mid\.block_1', 'mid_block.resnets.0'), (r'mid\.block_2', 'mid_block.resnets.1'),
-            (r'mid\.attn_1\.norm', 'mid_block.attentions.0.group_norm'),
-            (r'mid\.attn_1\.([qkv])\.', r'mid_block.attentions.0.to_\1.', _flat),
-            (r'mid\.attn_1\.proj_out', 'mid_block.attentions.0.to_out.0', _flat),
-            (r'\.down\.(\d)\.', r'.down_blocks.\1.'),
-            (r'\.up\.(\d)\.', lambda m: f'.up_blocks.{levels - 1 - int(m[1])}.'),
-            (r'(_blocks\.\d)\.block\.', r'\1.resnets.'), (r'\.(down|up)sample\.', r'.\1samplers.0.')]
-
-def read_vae(
-    path, # folder of diffusers (or of a pipeline), official AudioLDM 2 file, or a file with the VAE alone
-)->VAE: # with the published weights and scale
-    """Build the VAE from published weights
-
-    Parameters
-    ----------
-    path
-        folder of diffusers (or of a pipeline), official AudioLDM 2 file, or a file with the VAE alone
-
-    Returns
-    -------
-    VAE
-        with the published weights and scale
-    """
-    values, state = read_foreign(path, 'vae')
-    usual = dict(act_fn='silu', mid_block_add_attention=True, shift_factor=None)  # what no tensor tells
-    if odd := {k: values[k] for k, v in usual.items() if values.get(k, v) != v}:
-        raise ValueError(f"{path} asks for {odd}, which this VAE does not know")
-    scale = torch.as_tensor(float(state.get('scale_factor', values.get('scaling_factor', 1.))))
-    state = strip_to(state, 'encoder.conv_in.weight', path)
-    if levels := count_keys(state, r'^encoder\.down\.(\d)\.'): state = map_keys(state, vae_keys(levels))
-    levels = count_keys(state, r'^encoder\.down_blocks\.(\d)\.')
-    widths = [state[f'encoder.down_blocks.{i}.resnets.0.conv2.bias'].shape[0] for i in range(levels)]
-    blocks = count_keys(state, r'^encoder\.down_blocks\.0\.resnets\.(\d)\.')
-    unit = math.gcd(*widths)
-    cfg = VAEConfig(unit, tuple(w//unit for w in widths), blocks, len(state['post_quant_conv.bias']),
-                    values.get('norm_num_groups', 32))
-    model = VAE(cfg)
-    load_strict(model, {k: x for k, x in state.items() if k != 'scale_factor'} | dict(scale_factor=scale), path)
-    return model
 
 # %% ../nbs/30_vae.ipynb #a6e81ac4
 def vae_loss(

@@ -10,10 +10,16 @@ from safetensors.torch import save_file
 
 from audiorepro.audiomae import AudioMAE, AudioMAEConfig
 from audiorepro.checkpoints import pickled_names, read_weights
-from audiorepro.clap import HFCLAP
+from audiorepro.clap_files import HFCLAP
 from audiorepro.gpt2 import GPT2, GPT2Config
+from audiorepro.loa import LOAModel
+from audiorepro.speech import PhonemeEncoder
+from audiorepro.t5 import T5
+from audiorepro.t5_files import HFT5
 from audiorepro.text import HFTokenizer, find_tokenizer
+from audiorepro.unet import UNet
 from audiorepro.vae import VAE, VAEConfig
+from audiorepro.vocoder import HifiGan
 from layouts import official_vae, randomise
 
 SECONDS, MEMORY = 2, 2**30
@@ -190,6 +196,22 @@ def test_refused_by_name(fault, tmp_path):
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)*1024 < MEMORY
 
 
+LOADERS = dict(unet=UNet, audiomae=AudioMAE, gpt2=GPT2, t5=T5, vocoder=HifiGan, loa=LOAModel, phonemes=PhonemeEncoder, clap=HFCLAP, text=HFT5)
+SHARED = [k for k in REFUSED if k.startswith(('pth', 'index')) or k in ('safetensors, sparse', 'safetensors, a pipe', 'settings without end')]
+
+
+@pytest.mark.parametrize('name', LOADERS)
+def test_every_loader_refuses_by_name(name, tmp_path):
+    "The same files, met by the other loaders"
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for i, fault in enumerate(SHARED):
+        path, start = REFUSED[fault](tmp_path/f'bad{i}'), time.process_time()
+        with pytest.raises(ValueError) as e: LOADERS[name].from_pretrained(path)
+        assert path.name in str(e.value) or f'bad{i}' in str(e.value), (fault, e.value)
+        assert time.process_time() - start < SECONDS, fault
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)*1024 < MEMORY
+
+
 def test_pickled_names_reads_no_more_than_it_needs(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert pickled_names(sparse(tmp_path/'a', 'w.pth')) == []
@@ -266,7 +288,7 @@ ENTRIES = dict(find_tokenizer="t.find_tokenizer([folder], 'none/none')", HFToken
                HFCLAP='c.HFCLAP.from_pretrained(folder)', HFT5='f.HFT5.from_pretrained(folder)', VAE='v.VAE.from_pretrained(folder)',
                AudioLDM2='a.AudioLDM2.from_pretrained(folder)')
 CALL = '''import sys; from pathlib import Path; folder = Path(sys.argv[1])
-import audiorepro.text as t, audiorepro.clap as c, audiorepro.t5 as f, audiorepro.vae as v, audiorepro.audioldm2 as a
+import audiorepro.text as t, audiorepro.clap_files as c, audiorepro.t5_files as f, audiorepro.vae as v, audiorepro.audioldm2 as a
 try: {call}
 except Exception as e: print(type(e).__name__, str(e)[:300])
 else: print('loaded')
@@ -294,7 +316,7 @@ def test_the_trap_works(tmp_path, monkeypatch):
 
 
 def test_settings_fetch_no_kernel():
-    from audiorepro.clap import _settings
+    from audiorepro.clap_files import _settings
     from transformers import ClapConfig
     bad = dict(_attn_implementation='evil/kernel', attn_implementation='evil/kernel')
     theirs = ClapConfig.from_dict(bad | dict(text_config=bad, audio_config=bad))

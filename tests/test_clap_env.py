@@ -54,7 +54,7 @@ def hf_state(state):
 def both(tmp_path_factory):
     "Folder with what laion_clap made, and our back end on its weights"
     from transformers import ClapConfig, ClapModel, RobertaTokenizerFast
-    from audiorepro.clap import HFCLAP
+    from audiorepro.clap_files import HFCLAP
     assert clap_env.is_made(), f'{clap_env.VENV} is missing: continuous integration must run `make clap-env` first'
     folder = tmp_path_factory.mktemp('clap')
     np.savez(folder/'sounds.npz', **sounds())
@@ -98,7 +98,7 @@ def test_text_embeddings(both):
 
 def test_the_package_reads_the_file(both):
     "Our own reader of laion_clap's files gives the network of the map above, tensor by tensor"
-    from audiorepro.clap import read_clap
+    from audiorepro.clap_files import read_clap
     _, ours, folder = both
     found, expected = read_clap(folder/'clap.pt').state_dict(), ours.model.state_dict()
     assert set(found) == set(expected)

@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from audiorepro.audiomae import AudioMAE, AudioMAEConfig, MAEEncoder, mae_target, masked_error, random_masking
 from audiorepro.core import count_params, load_strict, make_generator
 from audiorepro.diffusion import Schedule, min_snr_weight, sample_ddpm
-from audiorepro.gpt2 import GPT2, GPT2Config, gpt2_state
-from audiorepro.loa import LOAConfig, LOAModel, loa_state
+from audiorepro.gpt2 import GPT2, GPT2Config
+from audiorepro.gpt2_files import gpt2_state
+from audiorepro.loa import LOAConfig, LOAModel
+from audiorepro.loa_files import loa_state
 from audiorepro.mel import FbankConfig, MelConfig, audiomae_input, kaldi_fbank, log_mel, mel_filters
 from audiorepro.sampling import Condition, sample_ddim
-from audiorepro.speech import PhonemeConfig, PhonemeEncoder, vits_state
+from audiorepro.speech import PhonemeConfig, PhonemeEncoder
+from audiorepro.speech_files import vits_state
 from audiorepro.unet import UNet, UNetConfig
 from audiorepro.vae import VAE, VAEConfig
 
@@ -513,9 +516,10 @@ def test_projection_and_loa_are_diffusers(dims, count):
 @pytest.mark.parametrize('kind', ['clap', 't5'])
 def test_many_texts_are_what_each_is_alone(kind):
     "Forty texts, sorted by length inside the encoders, against transformers one text at a time; the order is part of it"
-    from audiorepro.clap import HFCLAP
+    from audiorepro.clap_files import HFCLAP
     from audiorepro.public import random_parts
-    from audiorepro.t5 import HFT5, T5, T5Config, encoder_state
+    from audiorepro.t5 import T5, T5Config
+    from audiorepro.t5_files import HFT5, encoder_state
     parts, words = random_parts('tiny'), 'a dog barks then rain falls while wind blows'.split()
     texts = [' '.join(words[i % 3:i % 3 + 1 + i % 7]) for i in range(40)]
     if kind == 'clap':

@@ -17,14 +17,16 @@ from safetensors.torch import load_file, save_file
 
 from audiorepro.audiomae import AudioMAE, AudioMAEConfig, random_masking
 from audiorepro.checkpoints import convert, map_keys, read_weights
-from audiorepro.clap import HFCLAP, read_clap
+from audiorepro.clap_files import HFCLAP, read_clap
 from audiorepro.core import make_generator
 from audiorepro.gpt2 import GPT2
 from audiorepro.loa import LOAModel
 from audiorepro.sampling import Condition
 from audiorepro.t5 import T5
-from audiorepro.unet import EMA_KEYS, UNet, UNetConfig, official_unet, read_unet, unet_from_shapes
-from audiorepro.vae import VAE, VAEConfig, vae_keys
+from audiorepro.unet import UNet, UNetConfig
+from audiorepro.unet_files import EMA_KEYS, official_unet, read_unet, unet_from_shapes
+from audiorepro.vae import VAE, VAEConfig
+from audiorepro.vae_files import vae_keys
 from layouts import (averaged, below, error, laion, official_positions, official_t_unet, official_vae, official_windows, randn, randomise,
                      save_pth)
 

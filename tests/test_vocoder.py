@@ -6,8 +6,8 @@ from torch import nn
 
 from audiorepro.core import count_params, make_generator
 from audiorepro.mel import MelConfig, log_mel
-from audiorepro.vocoder import (Critics, CriticConfig, HifiGan, HifiGanConfig, PeriodCritic, ScaleCritic, add_weight_norm, config_from,
-                                fold_weight_norm, from_official, stft_distance)
+from audiorepro.vocoder import Critics, CriticConfig, HifiGan, HifiGanConfig, PeriodCritic, ScaleCritic, add_weight_norm, fold_weight_norm, stft_distance
+from audiorepro.vocoder_files import config_from, from_official
 
 transformers = pytest.importorskip('transformers')
 TINY = [HifiGanConfig(n_mels=6, upsample_rates=(5, 4, 2), upsample_kernels=(16, 16, 4), channels=16, normalize_before=True),
