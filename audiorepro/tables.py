@@ -132,6 +132,7 @@ def read_rows(
     columns:tuple[str, ...]=(), # must be there, and filled in each row
     encoding:str|None=None, # 'cp1252' for what old Windows programs wrote; None: UTF-8, or as a byte order mark says
     skip:Callable|None=None, # `skip(place, reason)` gets each bad row, which is left out; None: it is an error
+    names:tuple[str, ...]=(), # of the columns of a CSV or TSV without a header; (): the first row has them
 )->list[dict]: # column -> value: text from CSV and TSV, any value from JSON
     """Read a table that somebody else wrote; `ValueError` names file and row
 
@@ -145,6 +146,8 @@ def read_rows(
         'cp1252' for what old Windows programs wrote; None: UTF-8, or as a byte order mark says
     skip : Callable|None, default=None
         `skip(place, reason)` gets each bad row, which is left out; None: it is an error
+    names : tuple[str, ...], default=()
+        of the columns of a CSV or TSV without a header; (): the first row has them
 
     Returns
     -------
@@ -154,10 +157,11 @@ def read_rows(
     ending, rows = Path(table).suffix.lower(), []
     if ending not in READERS: raise ValueError(f"table {table} must end in {', '.join(READERS)}")
     lines = read_lines(table, encoding)
+    if names: lines = [('\t' if ending == '.tsv' else ',').join(names) + '\n', *lines]
     try: found = READERS[ending](lines, ending, columns)
     except ValueError as e: raise ValueError(f"table {table}, {e}") from e
     for number, (line, row) in enumerate(found, 1):
-        place = f'row {number} (line {line})' if line else f'row {number}'
+        place = f'row {number} (line {line - bool(names)})' if line else f'row {number}'
         if not (reason := _complaint(row, columns)): rows.append(row)
         elif skip: skip(place, reason)
         else: raise ValueError(f"table {table}, {place}: {reason}")

@@ -3,12 +3,12 @@
 A case is `(name, file, content, wanted, options)`. `content` is text or bytes of the table `file`, beside which lie `a.wav` (1 s) and
 `b.wav` (0.5 s). `wanted` is a list of `(id, captions, columns)`, or a tuple of words that the ValueError must hold besides the file's name.
 """
-import json
+import contextlib, json
 
 import numpy as np
 import pytest, soundfile
 
-from audiorepro.corpora import audiocaps, esc50
+from audiorepro.corpora import audiocaps, bbc_effects, clotho, esc50, fsd50k, musiccaps, vggsound
 from audiorepro.datasets import CaptionedAudio, lazy_record, read_folder, read_table
 from audiorepro.tables import as_number, read_rows
 
@@ -210,3 +210,69 @@ def test_another_table_stops_a_corpus(folder, header):
 def test_numbers_of_cells():
     values = [as_number(v) for v in (30, 30., '30', '30.0', ' 30 ', '3e1', '-2.5')]
     assert values == [30]*6 + [-2.5] and [type(v) for v in values] == [int]*6 + [float]
+
+
+# --- five more corpora ----------------------------------------------------------------------------------------------
+
+CAPTIONS = ','.join(f'caption_{k}' for k in range(1, 6))
+MUSIC = 'ytid,start_s,end_s,audioset_positive_labels,aspect_list,caption,author_id,is_balanced_subset,is_audioset_eval\n'
+# reader, part, table and its text, clips beside it, (file stem, captions, labels) of each record, what is skipped
+CORPORA = {
+    'clotho': (clotho, 'validation', 'clotho_captions_validation.csv', f'file_name,{CAPTIONS}\n a b (1).wav ,v,w,x,y,"z, z"\nc.wav,v,w,x,y,z\nd.wav,v,w,x,y, \ne.wav,v\n',
+               ['audio/validation/a b (1).wav'], [('a b (1)', ('v', 'w', 'x', 'y', 'z, z'), ())], ['row 3 (line 4)', 'row 4 (line 5)', 'c']),
+    'fsd50k': (fsd50k, 'val', 'FSD50K.ground_truth/dev.csv', 'fname,labels,mids,split\n7,"Rain,Water",/m/a,val\n8,Dog,/m/b,train\n9,Dog,/m/b,val\n10,Dog,/m/b\n',
+               ['FSD50K.dev_audio/7.wav', 'FSD50K.dev_audio/8.wav', 'FSD50K.eval_audio/9.wav'], [('7', (), ('Rain', 'Water'))], ['row 4 (line 5)', '9']),
+    'fsd50k eval': (fsd50k, 'eval', 'FSD50K.ground_truth/eval.csv', 'fname,labels,mids\n7,Rain,/m/a\n8,"Dog, Animal",/m/b\n',
+                    ['FSD50K.eval_audio/8.wav', 'FSD50K.dev_audio/7.wav'], [('8', (), ('Dog', 'Animal'))], ['7']),
+    'vggsound': (vggsound, 'test', 'vggsound.csv', 'aa,30,"car, train",test\nbb,0,dog,test\ncc,5,rain,test\ndd,7,rain,train\nee,soon,rain,test\nff,1,rain\ngg,8,rain,test\n',
+                 ['test/aa_000030.wav', 'audio/bb_0.wav', 'cc.wav', 'dd_000007.wav'], [('aa_000030', (), ('car, train',)), ('bb_0', (), ('dog',)), ('cc', (), ('rain',))],
+                 ['row 6 (line 6)', 'ee', 'gg_000008']),
+    'bbc_effects': (bbc_effects, None, 'BBCSoundEffects.csv', 'location,description,secs,category,CDNumber,CDName,tracknum\n07.wav,"Dog, barking.",9,Nature: Dogs,E,D,3\n'
+                    '../08.wav,Rain.,9,,E,D,4\n09.wav,Wind.,9,Nature,E,D,5\n10.wav,,9,N,E,D,6\n', ['audio/07.wav', '08.wav'],
+                    [('07', ('Dog, barking.',), ('Nature: Dogs',)), ('08', ('Rain.',), ())], ['row 4 (line 5)', '09']),
+    'musiccaps': (musiccaps, 'balanced', 'musiccaps-public.csv', MUSIC + 'aa,30,40,/m/a,"[\'a, b\', ""it\'s c""]","Soft, slow.",4,True,True\nbb,0,10,/m/a,[],Drums.,4,TRUE,False\n'
+                  'cc,0,10,/m/a,"[\'x\']",No.,4,False,True\ndd,0,10,/m/a,"__import__(\'os\').getcwd()",No.,4,True,True\nee,x,10,/m/a,[],No.,4,True,True\n',
+                  ['audio/[aa]-[30-40].wav', 'bb_0.wav', 'dd.wav'], [('[aa]-[30-40]', ('Soft, slow.',), ('a, b', "it's c")), ('bb_0', ('Drums.',), ())], ['ee', 'dd']),
+}
+
+
+@pytest.mark.parametrize('name', CORPORA)
+def test_corpus_reads_what_is_there_and_reports_the_rest(tmp_path, name):
+    read, part, table, text, files, wanted, left_out = CORPORA[name]
+    for file in (*files, table): (tmp_path/file).parent.mkdir(parents=True, exist_ok=True)
+    for file in files: soundfile.write(tmp_path/file, TONE, RATE)
+    write(tmp_path/table, text)
+    records, report = read(tmp_path, part)
+    assert [(r.id, r.captions, r.labels) for r in records] == wanted
+    assert [item for item, _ in report.skipped] == left_out and report.clips == len(records) and report.rows == len(wanted) + len(left_out)
+    assert all(r.meta['licence'] and r.wav.shape == (RATE,) for r in records)
+    (tmp_path/files[0]).write_bytes(b'RIFF')
+    assert ('damaged or empty file' in str(read(tmp_path, part)[1])) and len(read(tmp_path, part)[0]) == len(wanted) - 1
+    write(tmp_path/table, 'a;b\n1;2\n')
+    with pytest.raises(ValueError, match=table.split('/')[-1]) if name != 'vggsound' else contextlib.nullcontext(): records, report = read(tmp_path, part)
+    if part:
+        with pytest.raises(ValueError, match="split must be one of .* got 'all of it'"): read(tmp_path, 'all of it')
+
+
+def test_facts_of_the_corpora(tmp_path):
+    "Licence of each FSD50K clip, start of a VGGSound clip, splits of MusicCaps, a BBC table from Windows"
+    for folder in ('FSD50K.ground_truth', 'FSD50K.metadata', 'FSD50K.eval_audio'): (tmp_path/folder).mkdir()
+    for file in ('FSD50K.eval_audio/8.wav', 'aa_000030.wav', '07.wav'): soundfile.write(tmp_path/file, TONE, RATE)
+    write(tmp_path/'FSD50K.ground_truth/eval.csv', 'fname,labels,mids\n8,Dog,/m/b\n')
+    write(tmp_path/'FSD50K.metadata/eval_clips_info_FSD50K.json', json.dumps({'8': dict(license='http://creativecommons.org/licenses/by/3.0/')}))
+    assert fsd50k(tmp_path, 'eval')[0][0].meta['licence'].endswith('/by/3.0/')
+    write(tmp_path/'vggsound.csv', 'aa,30,dog,train\n')
+    assert vggsound(tmp_path)[0][0].meta['start'] == 30.
+    write(tmp_path/'BBCSoundEffects.csv', 'location,description\n07.wav,Caf\u00e9\n'.encode('cp1252'))
+    assert bbc_effects(tmp_path, 'cp1252')[0][0].captions == ('Caf\u00e9',) and len(bbc_effects(tmp_path)[1].skipped) == 1
+    write(tmp_path/'musiccaps-public.csv', MUSIC + ''.join(f'{n},0,10,/m/a,[],x,4,{b},{e}\n' for n, b, e in (('a', True, True), ('b', False, True), ('c', False, False))))
+    seen = {split: [item for item, _ in musiccaps(tmp_path, split)[1].skipped] for split in ('all', 'eval', 'train', 'balanced')}
+    assert seen == dict(all=['a_0', 'b_0', 'c_0'], eval=['a_0', 'b_0'], train=['c_0'], balanced=['a_0'])
+
+
+@pytest.mark.parametrize('file, text', [('t.csv', 'a.wav,"x, y"\nb.wav\n'), ('t.tsv', 'a.wav\tx, y\nb.wav\n')])
+def test_a_table_without_a_header(tmp_path, file, text):
+    bad = []
+    write(tmp_path/file, text)
+    assert read_rows(tmp_path/file, ('audio',), skip=lambda *why: bad.append(why), names=('audio', 'caption')) == [dict(audio='a.wav', caption='x, y')]
+    assert bad == [('row 2 (line 2)', '1 values for 2 columns (a value with a comma needs quotes)')]
