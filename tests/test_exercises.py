@@ -67,6 +67,10 @@ OTHER_ANSWERS = [
     ('13_text', 1, "def masked_max(states, mask): return states.masked_fill(~mask[..., None], -float('inf')).max(1).values", '`masked_fill` with minus infinity'),
     ('34_clap', 1, 'predicted = dict(nothing=-torch.tensor(1/64).log(), half=-torch.tensor(1/32).log())', '(a) 1/64. (b) 1/32.'),
     ('34_clap', 2, 'def best(audio, text): return (F.normalize(audio, dim=-1)*text[:, None]).sum(-1).argmax(1)', '(F.normalize(audio, dim=-1)*text[:, None]).sum(-1)'),
+    ('60_codec', 1, 'predicted = dict(codes=2200., samples=256e3, levels=12.)', '50 frames, 4 levels, 11 bits'),
+    ('60_codec', 2, 'def frames(samples, cfg): return math.ceil(samples/cfg.hop_length)\ndef trim(wav, samples): return wav[:, :, :samples]', 'Round up'),
+    ('60_codec', 3, 'def one_level(x, book):\n    k = (x[:, None] - book).square().sum(-1).argmin(1)\n    return k, x - book[k]\n'
+                    'def quantise(x, books):\n    codes = torch.zeros(len(x), len(books), dtype=torch.int64)\n    for i, book in enumerate(books): codes[:, i], x = one_level(x, book)\n    return codes', '`x - book[k]`'),
     ('50_t5', 2, 'def confused(distance, buckets=32, max_distance=128):\n    row = relative_buckets(1, 201, buckets=buckets, max_distance=max_distance).flatten().tolist()\n'
                  '    return [d for d in range(201) if row[d] == row[distance]]', ''),
 ]

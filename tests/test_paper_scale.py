@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest, torch
 
-from audiorepro import audioldm2, audiomae, clap, gpt2, ldm, loa, t5, text, training, unet, vae, vocoder
+from audiorepro import audioldm2, audiomae, clap, codec, codec_training, gpt2, ldm, loa, t5, text, training, unet, vae, vocoder
 from audiorepro.audio import save_audio
 from audiorepro.sounds import make_records
 
@@ -94,6 +94,8 @@ def small_world(tmp_path, monkeypatch):
     thin = vocoder.HifiGanConfig(channels=32, resblock_kernels=(3,), resblock_dilations=((1,),))
     monkeypatch.setattr(vocoder.HifiGanConfig, 'audioldm2', classmethod(lambda cls: thin))
     monkeypatch.setattr(vocoder.CriticConfig, 'paper', classmethod(lambda cls: cls.toy()))
+    monkeypatch.setattr(codec.CodecConfig, 'encodec_16khz', classmethod(lambda cls: replace(cls.toy(), filters=2, dim=4, codebook_size=8)))
+    monkeypatch.setattr(codec_training.StftCritics.__init__, '__defaults__', ((256,), 2))
     parts = dict(vae=vae.VAE(TINY['vae']()), audiomae=audiomae.AudioMAE(TINY['audiomae']()), ldm=unet.UNet(TINY['unet']((None, 32))),
                  loa=loa.LOAModel(TINY['loa']()))
     for name, part in parts.items():
@@ -125,7 +127,7 @@ TRAINING = [c for c in gated_cells('gpu') if re.search(r'\bfit\(|run_recipe\(|Da
 
 
 def test_every_training_lesson_has_its_cell():
-    wanted = {'30_vae', '32_vocoder', '33_audiomae', '43_ldm', '52_loa', '53_audioldm2'}
+    wanted = {'30_vae', '32_vocoder', '33_audiomae', '43_ldm', '52_loa', '53_audioldm2', '60b_codec_training'}
     assert wanted <= {stem for stem, *_ in TRAINING}, [c[0] for c in TRAINING]
 
 
