@@ -37,9 +37,9 @@ class TrainConfig(Config):
     warmup_steps : int, default=0
         steps of linear rise to `lr`
     schedule : str, default='constant'
-        after the warmup: 'constant' or 'cosine' (down to `final_lr`)
+        after the warmup: 'constant', or down to `final_lr` as 'cosine' or 'linear'
     final_lr : float, default=0.
-        where 'cosine' ends
+        where a falling schedule ends
     clip_norm : float|None, default=1.
         largest norm of the gradient
     ema_decay : float|None, default=None
@@ -63,8 +63,8 @@ class TrainConfig(Config):
     weight_decay:float=.01               # of AdamW
     decay_vectors:bool=True              # also of biases, norms and scalars; CLIP and CLAP spare them
     warmup_steps:int=0                   # steps of linear rise to `lr`
-    schedule:str='constant'              # after the warmup: 'constant' or 'cosine' (down to `final_lr`)
-    final_lr:float=0.                    # where 'cosine' ends
+    schedule:str='constant'              # after the warmup: 'constant', or down to `final_lr` as 'cosine' or 'linear'
+    final_lr:float=0.                    # where a falling schedule ends
     clip_norm:float|None=1.              # largest norm of the gradient
     ema_decay:float|None=None            # of the average of the weights; None = no average
     bf16:bool=False                      # mixed precision, only where the hardware has it
@@ -75,8 +75,8 @@ class TrainConfig(Config):
     eval_every:int=0                     # steps between calls of `on_eval`; 0 = as `save_every`
 
     def __post_init__(self):
-        if self.schedule not in ('constant', 'cosine'):
-            raise ValueError(f"schedule must be 'constant' or 'cosine', got {self.schedule!r}")
+        if self.schedule not in ('constant', 'cosine', 'linear'):
+            raise ValueError(f"schedule must be 'constant', 'cosine' or 'linear', got {self.schedule!r}")
         for name in ('steps', 'log_every', 'save_every'):
             if getattr(self, name) < 1: raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.ema_decay is not None and not 0 <= self.ema_decay < 1:
@@ -87,7 +87,7 @@ def lr_at(
     step:int, # 0-based step about to be made
     cfg:TrainConfig, # peak, warmup and schedule
 )->float: # learning rate of this step
-    """Rise in a straight line, then stay or follow half a cosine
+    """Rise in a straight line, then stay, follow half a cosine, or fall in a straight line
 
     Parameters
     ----------
@@ -103,8 +103,8 @@ def lr_at(
     """
     if step < cfg.warmup_steps: return cfg.lr*(step + 1)/cfg.warmup_steps
     if cfg.schedule == 'constant': return cfg.lr
-    done = (step - cfg.warmup_steps)/max(1, cfg.steps - cfg.warmup_steps)
-    return cfg.final_lr + (cfg.lr - cfg.final_lr)*(1 + math.cos(math.pi*min(1., done)))/2
+    p = min(1., (step - cfg.warmup_steps)/max(1, cfg.steps - cfg.warmup_steps))  # share of the way down
+    return cfg.final_lr + (cfg.lr - cfg.final_lr)*(1 - p if cfg.schedule == 'linear' else (1 + math.cos(math.pi*p))/2)
 
 def ema_decay_at(
     n:int, # number of the update, from 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest, torch
 
-from audiorepro import audioldm2, audiomae, clap, codec, codec_training, gpt2, ldm, loa, t5, text, training, unet, vae, vocoder
+from audiorepro import audioldm2, audiomae, clap, codec, codec_training, gpt2, ldm, loa, t5, tango, text, training, unet, vae, vocoder
 from audiorepro.audio import save_audio
 from audiorepro.sounds import make_records
 
@@ -85,11 +85,14 @@ def small_world(tmp_path, monkeypatch):
         for folder in ('data/audiocaps/audio', 'data/audioset', 'data/audio'): save_audio(tmp_path/folder/names[i], wav, 16_000)
         save_audio(tmp_path/f'data/audiocaps/audio/train/clip{i}_0.wav', wav, 16_000)
         rows.append(f'{i},clip{i},0,{names[i]},"a dog barks, then rain falls"')
-    (tmp_path/'data/audiocaps/train.csv').write_text('\n'.join(rows) + '\n')
+    for split in ('train', 'val'): (tmp_path/f'data/audiocaps/{split}.csv').write_text('\n'.join(rows) + '\n')
+    (tmp_path/'data/audioset/captions.csv').write_text('\n'.join(['audio,caption'] + [f'{n},a dog barks' for n in names]) + '\n')
     monkeypatch.setattr(vae.VAEConfig, 'audioldm', classmethod(lambda cls: TINY['vae']()))
     monkeypatch.setattr(audiomae.AudioMAEConfig, 'audiomae', classmethod(lambda cls: TINY['audiomae']()))
     monkeypatch.setattr(unet.UNetConfig, 'audioldm2', classmethod(lambda cls: TINY['unet']((None, 32, 16))))
     monkeypatch.setattr(unet.UNetConfig, 'audioldm2_speech', classmethod(lambda cls: TINY['unet']((None, 32))))
+    own_medium = replace(tango.TangoConfig.medium(), unet=TINY['unet']((16,)))
+    monkeypatch.setattr(tango.TangoConfig, 'medium', classmethod(lambda cls: own_medium))
     monkeypatch.setattr(loa.LOAConfig, 'audioldm2', classmethod(lambda cls: TINY['loa']()))
     thin = vocoder.HifiGanConfig(channels=32, resblock_kernels=(3,), resblock_dilations=((1,),))
     monkeypatch.setattr(vocoder.HifiGanConfig, 'audioldm2', classmethod(lambda cls: thin))
@@ -100,6 +103,8 @@ def small_world(tmp_path, monkeypatch):
                  loa=loa.LOAModel(TINY['loa']()))
     for name, part in parts.items():
         for folder in (f'checkpoints/{name}', f'{name}_16k', name): part.save_pretrained(tmp_path/'data'/folder)
+    vae.VAE(TINY['vae']()).save_pretrained(tmp_path/'cvssp/audioldm-s-full-v2')
+    tango.TangoDenoiser(own_medium).save_pretrained(tmp_path/'out/weights/tango_paper_pretrain')
     small_steps(monkeypatch)
     return tmp_path
 
@@ -111,7 +116,7 @@ def small_steps(monkeypatch):
     def quick_fit(model, loss, batches, config, **kw): return fit(model, loss, batches, short(config), **kw | dict(progress=False))
     def quick_loader(data, batch_size, seed=0, collate=None, num_workers=0): return loader(data, 2, seed, collate, 0)
     def quick_run(recipe, **kw): return run(replace(recipe, config=short(recipe.config)), progress=False)
-    for module in (training, ldm, audioldm2):
+    for module in (training, ldm, audioldm2, tango):
         for name, value in dict(fit=quick_fit, loader_batches=quick_loader, run_recipe=quick_run).items():
             if hasattr(module, name): monkeypatch.setattr(module, name, value)
 
@@ -127,7 +132,7 @@ TRAINING = [c for c in gated_cells('gpu') if re.search(r'\bfit\(|run_recipe\(|Da
 
 
 def test_every_training_lesson_has_its_cell():
-    wanted = {'30_vae', '32_vocoder', '33_audiomae', '43_ldm', '52_loa', '53_audioldm2', '60b_codec_training'}
+    wanted = {'30_vae', '32_vocoder', '33_audiomae', '43_ldm', '52_loa', '53_audioldm2', '60b_codec_training', '71_tango'}
     assert wanted <= {stem for stem, *_ in TRAINING}, [c[0] for c in TRAINING]
 
 
@@ -144,6 +149,7 @@ def test_cell_trains(stem, i, source, small_world, monkeypatch, capsys):
     monkeypatch.setattr(clap.HFCLAP, 'from_pretrained', classmethod(lambda cls, *a, **k: TinyText(24)))
     monkeypatch.setattr(t5.HFT5, 'from_pretrained', classmethod(lambda cls, *a, **k: TinyText(16)))
     names = stand_in(lesson_names(stem, i))
+    source = re.sub(r'f"cuda:\{[^}]*\}"', "'cpu'", source)
     source = source.replace("'cuda'", "'cpu'").replace('.cuda()', '.cpu()').replace('num_workers=os.cpu_count()', 'num_workers=0')
     exec(compile(source, f'{stem} cell {i}', 'exec'), names)
     if 'DataLoader(' in source: assert "'mel': (4, " in capsys.readouterr().out
