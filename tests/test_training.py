@@ -1,38 +1,99 @@
-"""Training in several processes gives what one process gives."""
-import os, subprocess, sys
-from pathlib import Path
+"""The loop of lesson 21 and its engine: what it asks for, and what it leaves to it. Many processes are tested in test_engine.py."""
+import json
 
-import pytest
+import pytest, torch
+from torch import nn
 
-
-def train(folder):
-    "A short run of two players; every process starts from other weights, and those of the first must win"
-    import torch
-    from torch import nn
-    from audiorepro.training import TrainConfig, fit, tensor_batches
-    torch.set_num_threads(1)
-    torch.manual_seed(int(os.environ.get('RANK', 0)))
-    model, rival = nn.Linear(4, 4), nn.Linear(4, 1)
-    data = torch.randn(64, 4, generator=torch.Generator().manual_seed(1))
-    def loss_fn(model, batch, ctx): return dict(loss=(model(batch['x']) - batch['x']).square().mean())
-    def rival_loss_fn(rival, batch, ctx): return dict(loss=rival(batch['x']).square().mean())
-    cfg = TrainConfig(steps=20, lr=1e-2, ema_decay=.9, log_every=5, save_every=10)
-    fit(model, loss_fn, tensor_batches(dict(x=data), 16), cfg, rival=(rival, rival_loss_fn), folder=folder, progress=False)
+from audiorepro.training import OneProcess, TrainConfig, fit, run_recipe, tensor_batches
 
 
-def test_two_processes_equal_one(tmp_path):
-    import torch
-    from safetensors.torch import load_file
-    if not torch.distributed.is_available(): pytest.skip('this torch has no torch.distributed')
-    env = os.environ | dict(OMP_NUM_THREADS='1')
-    two = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    for name, launcher in (('one', []), ('two', two)):
-        command = [sys.executable, *launcher, __file__, str(tmp_path/name)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-4000:]
-    one, several = (load_file(tmp_path/name/'step-00000020'/'state.safetensors') for name in ('one', 'two'))
-    assert one.keys() == several.keys()
-    for k in one: torch.testing.assert_close(one[k], several[k], atol=1e-6, rtol=1e-5, msg=lambda m, k=k: f'{k}: {m}')
+class Watched(OneProcess):
+    "Notes what it is asked for; `rank` is that of a process beside the first"
+    def __init__(self, rank=0): self.rank, self.asked = rank, []
+    def __getattribute__(self, name):
+        found = super().__getattribute__(name)
+        if name in ('start', 'prepare', 'gradients', 'norm', 'save', 'load', 'finish', 'close', 'opened', 'wait'): self.asked.append(name)
+        return found
 
 
-if __name__ == '__main__': train(Path(sys.argv[1]))
+def train(folder, engine=None, steps=6, fails_at=None, **settings):
+    torch.manual_seed(0)
+    model, data = nn.Linear(4, 4), dict(x=torch.randn(24, 4))
+    def loss_fn(model, batch, ctx):
+        if ctx.step == fails_at: raise KeyboardInterrupt
+        return dict(loss=(model(batch['x']) - batch['x']).square().mean())
+    cfg = TrainConfig(**dict(steps=steps, lr=1e-2, ema_decay=.9, log_every=4, save_every=3) | settings)
+    rows = fit(model, loss_fn, tensor_batches(data, 8), cfg, folder=folder, progress=False, engine=engine, on_eval=lambda model, step: None)
+    return rows, model
+
+
+def bits(model): return [p.tolist() for p in model.parameters()]
+
+
+def test_all_that_touches_the_machine_goes_through_the_engine(tmp_path):
+    one = Watched()
+    rows, model = train(tmp_path/'a', one)
+    order = [name for i, name in enumerate(one.asked) if name != 'wait' and (not i or one.asked[i - 1] != name)]
+    step = ['gradients', 'norm']
+    assert order == ['start', 'prepare', *step*3, 'opened', 'save', *step*3, 'opened', 'save', 'finish', 'close'], order
+    assert bits(model) == bits(train(None)[1])
+
+
+def test_checkpoint_inside_a_row_of_the_log(tmp_path):
+    "Sums of an unfinished row are saved: steps 1 to 4 are averaged, although the run was broken at step 3"
+    with pytest.raises(KeyboardInterrupt): train(tmp_path/'a', fails_at=3)
+    one = Watched()
+    rows, model = train(tmp_path/'a', one)
+    whole, same = train(tmp_path/'b')
+    without_time = lambda rows: [{k: v for k, v in row.items() if k != 'seconds'} for row in rows]
+    assert 'load' in one.asked and without_time(rows) == without_time(whole) and bits(model) == bits(same)
+
+
+def test_only_the_first_process_writes(tmp_path):
+    other = Watched(rank=1)
+    other.save = lambda *args: None
+    rows, _ = train(tmp_path/'a', other)
+    assert rows[-1]['step'] == 6 and not (tmp_path/'a').exists()
+
+
+def test_an_error_closes_the_engine(tmp_path):
+    one = Watched()
+    with pytest.raises(KeyboardInterrupt): train(tmp_path/'a', one, fails_at=4)
+    assert one.asked[-1] == 'close' and 'finish' not in one.asked
+    assert train(tmp_path/'a')[0][-1]['step'] == 6                       # the folder is free again
+
+
+def test_several_processes_need_an_engine(tmp_path, monkeypatch):
+    "Without one, each would train for itself and overwrite the others' files"
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ValueError, match='this is one of 2 processes.*engine=DataParallel'): train(tmp_path/'a')
+    assert not list(tmp_path.iterdir())
+
+
+def test_plain_engine_names_a_sharded_checkpoint(tmp_path):
+    train(tmp_path/'a')
+    [path] = (tmp_path/'a').glob('step-*')
+    (path/'state.safetensors').rename(path/'shard-00001-model-00001-of-00001.safetensors')
+    with pytest.raises(ValueError, match='holds no state.safetensors: go on with the engine that wrote it'): train(tmp_path/'a', steps=9)
+
+
+def test_recipe_hands_its_engine_on(tmp_path):
+    from audiorepro.core import Config, Model
+    from audiorepro.training import Recipe
+    from dataclasses import dataclass
+
+    @dataclass(frozen=True)
+    class LineConfig(Config): inputs:int = 4
+
+    class Line(Model):
+        config_class, component = LineConfig, 'line'
+        def __init__(self, cfg): super().__init__(cfg); self.linear = nn.Linear(cfg.inputs, 1)
+
+    def loss_fn(model, batch, ctx): return dict(loss=model.linear(batch['x']).square().mean())
+    def recipe(): return Recipe('line', Line(LineConfig()), loss_fn, tensor_batches(dict(x=torch.ones(4, 4)), 2), TrainConfig(2))
+    for rank in (1, 0):
+        engine = Watched(rank)
+        if rank: engine.save = lambda *args: None
+        run_recipe(recipe(), tmp_path/f'run{rank}', progress=False, target=tmp_path/'weights', engine=engine)
+        assert 'gradients' in engine.asked and (tmp_path/'weights').exists() == (rank == 0)
+    assert json.loads((tmp_path/'weights'/'training.json').read_text())['steps'] == 2
