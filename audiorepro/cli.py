@@ -89,7 +89,7 @@ def _play(path):
 def say(
     prompt:str|list=(), # what to hear; several prompts make several files
     out:str='out/say.wav', # audio file (.wav, .flac, .ogg, .mp3); several become say_1.wav, say_2.wav, ...
-    model:str='toy', # 'toy', 'mine', a folder, or a published system: folder, file or hub id
+    model:str='toy', # 'toy', 'mine', a folder (also of `train --data`), or a published system: folder, file or hub id
     seed:int=0, # start of the random numbers; same seed, same bytes
     guidance_scale:float=3.5, # how closely to follow the prompt; 1 is no guidance
     steps:int=50, # DDIM steps; more take longer
@@ -110,7 +110,7 @@ def say(
     out : str, default='out/say.wav'
         audio file (.wav, .flac, .ogg, .mp3); several become say_1.wav, say_2.wav, ...
     model : str, default='toy'
-        'toy', 'mine', a folder, or a published system: folder, file or hub id
+        'toy', 'mine', a folder (also of `train --data`), or a published system: folder, file or hub id
     seed : int, default=0
         start of the random numbers; same seed, same bytes
     guidance_scale : float, default=3.5
@@ -401,15 +401,37 @@ def train_wave(
         names = ' and '.join(parts[i] for i in failed)
         raise ValueError(f"training of {names} failed; the same command goes on where it stopped")
 
+def _train_course(budget, only, fresh, ship, picture):  # wave by wave
+    from audiorepro.core import WEIGHTS, out_dir
+    if only and only not in PARTS | EXAMINERS:
+        raise ValueError(f"only must be one of {', '.join(PARTS | EXAMINERS)}, got {only!r}")
+    start, waves = time.time(), ((only,),) if only else WAVES + (tuple(EXAMINERS),)*ship
+    for wave in waves:
+        print(f"{' and '.join(wave)}: {budget} budget, {(time.time() - start)/60:.1f} minutes so far", flush=True)
+        train_wave(wave, budget, fresh)
+    if ship:
+        for part in sum(waves, ()): shutil.copytree(out_dir('weights')/part, WEIGHTS/part, dirs_exist_ok=True)
+    if not only:
+        if picture: tour('mine', out_dir('mine'))
+        print(f'{(time.time() - start)/60:.1f} minutes; try: audiorepro say "a dog barks, then rain" --model mine')
+    return out_dir('weights')
+
 # %% ../nbs/93_cli.ipynb #12ef5b7f
 def train(
     budget:str='short', # 'short' (about half an hour on 2 free cores) or 'full' (hours)
     only:str|None=None, # one part: vae, audiomae, clap, t5, ldm, loa, audioldm2, clap_score, judge; by default all
     fresh:bool=False, # forget earlier runs of these parts
     ship:bool=False, # train the examiners too and copy everything into the package
-    picture:bool=True, # draw the thread prompt when the system is complete
+    picture:bool=True, # draw the thread prompt when the system is complete; with data: own captions on the way
+    data:str|None=None, # your own sounds: folder, table, .tar or saved data set; what follows belongs to it
+    from_:str='toy', # what to begin with: 'toy', 'mine', a folder of ours, or 'scratch'
+    out:str|None=None, # folder of the result, for `say --model`; by default out/own/NAME
+    minutes:float|None=None, # how long to train, about
+    steps:int|None=None, # how many steps to train; wins over minutes
+    dry_run:bool=False, # stop after the report
+    columns:str|None=None, # of a table, when not found by themselves: of sounds and of captions, such as file,text
 )->Path: # folder of the trained weights
-    """Train your own AudioLDM 2 at toy scale with the lessons' recipes
+    """Train your own AudioLDM 2 at toy scale with the lessons' recipes, or finetune it on your own sounds (--data)
 
     Parameters
     ----------
@@ -422,27 +444,35 @@ def train(
     ship : bool, default=False
         train the examiners too and copy everything into the package
     picture : bool, default=True
-        draw the thread prompt when the system is complete
+        draw the thread prompt when the system is complete; with data: own captions on the way
+    data : str|None, default=None
+        your own sounds: folder, table, .tar or saved data set; what follows belongs to it
+    from_ : str, default='toy'
+        what to begin with: 'toy', 'mine', a folder of ours, or 'scratch'
+    out : str|None, default=None
+        folder of the result, for `say --model`; by default out/own/NAME
+    minutes : float|None, default=None
+        how long to train, about
+    steps : int|None, default=None
+        how many steps to train; wins over minutes
+    dry_run : bool, default=False
+        stop after the report
+    columns : str|None, default=None
+        of a table, when not found by themselves: of sounds and of captions, such as file,text
 
     Returns
     -------
     Path
         folder of the trained weights
     """
-    from audiorepro.core import WEIGHTS, out_dir
-    if only and only not in PARTS | EXAMINERS:
-        raise ValueError(f"only must be one of {', '.join(PARTS | EXAMINERS)}, got {only!r}")
     if budget not in ('short', 'full'): raise ValueError(f"budget must be 'short' or 'full', got {budget!r}")
-    start, waves = time.time(), ((only,),) if only else WAVES + (tuple(EXAMINERS),)*ship
-    for wave in waves:
-        print(f"{' and '.join(wave)}: {budget} budget, {(time.time() - start)/60:.1f} minutes so far", flush=True)
-        train_wave(wave, budget, fresh)
-    if ship:
-        for part in sum(waves, ()): shutil.copytree(out_dir('weights')/part, WEIGHTS/part, dirs_exist_ok=True)
-    if not only:
-        if picture: tour('mine', out_dir('mine'))
-        print(f'{(time.time() - start)/60:.1f} minutes; try: audiorepro say "a dog barks, then rain" --model mine')
-    return out_dir('weights')
+    own = dict(from_=from_, out=out, minutes=minutes, steps=steps, dry_run=dry_run, columns=columns)
+    lost = [k.strip('_') for k, v in own.items() if v not in ('toy', None, False)]
+    if data is None and lost: raise ValueError(f"{', '.join(lost)}: only with data")
+    if data is None: return _train_course(budget, only, fresh, ship, picture)
+    if only or ship: raise ValueError("only and ship belong to the course's recipes, not to data")
+    train_own = importlib.import_module('audiorepro.own_data').train_own
+    return train_own(data, budget=budget, fresh=fresh, pictures=3*picture, **own)
 
 # %% ../nbs/93_cli.ipynb #c1a1f502
 def claims(
@@ -513,10 +543,10 @@ def _option(name, parameter, said):
     default, kind = parameter.default, next(iter(typing.get_args(parameter.annotation)), parameter.annotation)
     if default is parameter.empty: return name, dict(help=said)
     if default == (): return name, dict(help=said, nargs='*')
-    option = '--' + name.replace('_', '-')
+    option, dest = '--' + name.strip('_').replace('_', '-'), dict(dest=name) if name.endswith('_') else {}
     switch = argparse.BooleanOptionalAction if default is True else 'store_true'
     if kind is bool: return option, dict(action=switch, default=default, help=said)
-    return option, dict(type=kind, default=default, help=said + f' (default: {default})'*(default is not None))
+    return option, dest | dict(type=kind, default=default, help=said + f' (default: {default})'*(default is not None))
 
 def _add_command(commands, run):
     "Make a subcommand of a function; return its part of the overview"
