@@ -2,6 +2,7 @@
 
     python tests/clap_env.py make                            # .venv-clap, once (two minutes)
     .venv-clap/bin/python tests/clap_env.py embed FOLDER     # what tests/test_clap_env.py runs there
+    .venv-clap/bin/python tests/clap_env.py panns FOLDER     # the same for the CNN14 inside the package
 
 `embed` builds the package's CLAP with random weights, without any network: the three tokenizers that it wants at import
 are trained on a few sentences and lie in a hub cache made in FOLDER. It reads FOLDER/sounds.npz and FOLDER/texts.json
@@ -123,7 +124,28 @@ def embed(folder):
     np.savez(folder/'embeddings.npz', text=text, **audio, **rounded)
 
 
+def panns(folder):
+    "What the package's CNN14 makes of sounds, at full size and both rates, with its own file of random weights"
+    folder = Path(folder)
+    os.environ.update(HF_HOME=str(folder/'hf'), HF_HUB_OFFLINE='1', TRANSFORMERS_OFFLINE='1')
+    make_cache(folder/'hf')
+    stand_ins()
+    import numpy as np, torch
+    from laion_clap.clap_module.pann_model import Cnn14
+    for rate, front_end in ((16_000, (512, 160, 64, 50, 8_000)), (32_000, (1024, 320, 64, 50, 14_000))):
+        net = Cnn14(rate, *front_end, 527).eval()
+        with torch.no_grad():
+            randomise(net)
+            net.bn0.running_mean.normal_(-30, 3, generator=torch.Generator().manual_seed(2))  # it meets decibels
+            net.bn0.running_var.uniform_(100, 300, generator=torch.Generator().manual_seed(3))
+            wav = torch.from_numpy(np.load(folder/'sounds.npz')[str(rate)])
+            out = net(dict(waveform=wav), device='cpu')
+        torch.save(dict(iteration=1, model=net.state_dict()), folder/f'Cnn14_{rate}.pth')
+        np.savez(folder/f'panns_{rate}.npz', embedding=out['embedding'].numpy(), clipwise=out['clipwise_output'].numpy())
+
+
 if __name__ == '__main__':
     if sys.argv[1:] == ['make']: make()
+    elif len(sys.argv) == 3 and sys.argv[1] == 'panns': panns(sys.argv[2])
     elif len(sys.argv) == 3 and sys.argv[1] == 'embed': embed(sys.argv[2])
     else: raise SystemExit(__doc__)

@@ -113,3 +113,25 @@ def test_lowest_frequency_matters(both):
     features = extract(sounds()['tone'], sampling_rate=48_000, return_tensors='pt')['input_features']
     with torch.no_grad(): out = ours.model.get_audio_features(input_features=features)
     assert error(F.normalize(getattr(out, 'pooler_output', out), dim=-1)[0], torch.from_numpy(theirs['tone'])) > 1e-3
+
+
+def test_cnn14_of_the_package(tmp_path):
+    "The CNN14 that laion_clap contains writes its own file and hears sounds; our reader and network give the same, at both rates"
+    from audiorepro.backbone_files import read_cnn14
+    g = torch.Generator().manual_seed(0)
+    heard = {}
+    for rate in (16_000, 32_000):
+        t = torch.arange(2*rate)/rate
+        heard[rate] = torch.stack([.3*torch.sin(2*torch.pi*(f + 500*t)*t) for f in (300, 900)]) + .02*torch.randn(2, 2*rate, generator=g)
+        heard[rate] *= torch.tensor([[1.], [.01]])  # 40 dB apart
+    np.savez(tmp_path/'sounds.npz', **{str(k): v.numpy() for k, v in heard.items()})
+    made = subprocess.run([clap_env.PYTHON, ROOT/'tests'/'clap_env.py', 'panns', tmp_path], capture_output=True, text=True,
+                          env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=''))
+    assert made.returncode == 0, made.stderr[-2000:]
+    for rate, wav in heard.items():
+        net, theirs = read_cnn14(tmp_path/f'Cnn14_{rate}.pth'), np.load(tmp_path/f'panns_{rate}.npz')
+        assert net.sample_rate == rate and net.cfg.widths[-1] == 2048 and net.cfg.classes == 527
+        out = net.listen(wav)
+        assert error(out['features'], torch.from_numpy(theirs['embedding'])) < 1e-5
+        assert error(out['logits'].sigmoid(), torch.from_numpy(theirs['clipwise'])) < 1e-5
+        assert error(net.features(wav.flip(0)), torch.from_numpy(theirs['embedding'])) > 1e-3

@@ -10,7 +10,7 @@ from audiorepro.cli import main, make_parser
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored, and hand that on
 
-COMMANDS = (cli.say, cli.reconstruct, cli.convert, cli.tour, cli.train, cli.claims, cli.doctor)
+COMMANDS = (cli.say, cli.reconstruct, cli.convert, cli.tour, cli.train, cli.score, cli.claims, cli.doctor)
 
 
 def run(*args, **options):
@@ -319,7 +319,7 @@ def test_help_explains_every_option(command, capsys, monkeypatch):
 def test_every_command_and_default_is_the_functions():
     "What the parser hands over is what the function would have taken by itself"
     parser = make_parser()
-    needed = dict(say=[], reconstruct=['a.wav'], convert=['a', 'b'])
+    needed = dict(say=[], reconstruct=['a.wav'], convert=['a', 'b'], score=['a', 'b'])
     for command in COMMANDS:
         args = vars(parser.parse_args([command.__name__, *needed.get(command.__name__, [])]))
         assert args.pop('run') is command and args.pop('command') == command.__name__

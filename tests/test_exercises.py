@@ -65,6 +65,9 @@ OTHER_ANSWERS = [
                   'def mismatch(spec, mag, cfg):\n    fit = stft(istft(spec, cfg), cfg).abs()\n'
                   '    return torch.linalg.vector_norm(fit - mag)/torch.linalg.vector_norm(mag)', 'torch.polar(mag, c.angle())'),  # a tensor, as in the formula
     ('13_text', 1, "def masked_max(states, mask): return states.masked_fill(~mask[..., None], -float('inf')).max(1).values", '`masked_fill` with minus infinity'),
+    ('24_backbones', 1, 'def heard(samples):\n    P = len([k for k in range(1, 200) if (96*k - 1)*160 + 400 <= samples])\n'
+                         '    return [P, samples - ((96*P - 1)*160 + 400)*(P > 0)]', '(96 P - 1)*160 + 400'),  # a list
+    ('24_backbones', 2, 'def reorder(weight, channels): return weight.unflatten(1, (24, channels)).transpose(1, 2).flatten(1)', ''),
     ('34_clap', 1, 'predicted = dict(nothing=-torch.tensor(1/64).log(), half=-torch.tensor(1/32).log())', '(a) 1/64. (b) 1/32.'),
     ('34_clap', 2, 'def best(audio, text): return (F.normalize(audio, dim=-1)*text[:, None]).sum(-1).argmax(1)', '(F.normalize(audio, dim=-1)*text[:, None]).sum(-1)'),
     ('60_codec', 1, 'predicted = dict(codes=2200., samples=256e3, levels=12.)', '50 frames, 4 levels, 11 bits'),
