@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest, torch
 
-from audiorepro import audioldm2, audiomae, clap, codec, codec_training, gpt2, ldm, loa, t5, tango, text, training, unet, vae, vocoder
+from audiorepro import audioldm2, audiomae, clap, codec, codec_training, gpt2, ldm, loa, t5, tango, text, tokenlm, training, unet, vae, vocoder
 from audiorepro.audio import save_audio
 from audiorepro.sounds import make_records
 
@@ -72,6 +72,13 @@ class TinyText:
     def to(self, device): return self
 
 
+class TinyCodec:
+    "Stands in for a published codec: four codes say how loud the quarters of a frame of 40 ms are"
+    def encode(self, wav):
+        loud = wav[:, 0, :wav.shape[2]//640*640].unflatten(1, (-1, 4, 160)).abs().amax(-1)  # (B, T, 4)
+        return (loud.clamp(max=1)*15).round().long().transpose(1, 2)
+
+
 @pytest.fixture
 def small_world(tmp_path, monkeypatch):
     "A corpus of four clips in every layout, tiny checkpoints where the cells look for them, and two steps for every training"
@@ -99,6 +106,8 @@ def small_world(tmp_path, monkeypatch):
     monkeypatch.setattr(vocoder.CriticConfig, 'paper', classmethod(lambda cls: cls.toy()))
     monkeypatch.setattr(codec.CodecConfig, 'encodec_16khz', classmethod(lambda cls: replace(cls.toy(), filters=2, dim=4, codebook_size=8)))
     monkeypatch.setattr(codec_training.StftCritics.__init__, '__defaults__', ((256,), 2))
+    monkeypatch.setattr(tokenlm.TokenLMConfig, 'small', classmethod(lambda cls: cls(4, 16, 32, 2, 1, 48)))
+    monkeypatch.setattr(codec.Codec, 'from_pretrained', classmethod(lambda cls, name: TinyCodec()))
     parts = dict(vae=vae.VAE(TINY['vae']()), audiomae=audiomae.AudioMAE(TINY['audiomae']()), ldm=unet.UNet(TINY['unet']((None, 32))),
                  loa=loa.LOAModel(TINY['loa']()))
     for name, part in parts.items():
@@ -132,7 +141,7 @@ TRAINING = [c for c in gated_cells('gpu') if re.search(r'\bfit\(|run_recipe\(|Da
 
 
 def test_every_training_lesson_has_its_cell():
-    wanted = {'30_vae', '32_vocoder', '33_audiomae', '43_ldm', '52_loa', '53_audioldm2', '60b_codec_training', '71_tango'}
+    wanted = {'30_vae', '32_vocoder', '33_audiomae', '43_ldm', '52_loa', '53_audioldm2', '60b_codec_training', '71_tango', '61_tokenlm'}
     assert wanted <= {stem for stem, *_ in TRAINING}, [c[0] for c in TRAINING]
 
 
