@@ -8,11 +8,12 @@ __all__ = ['TOUR_PROMPTS', 'PARTS', 'EXAMINERS', 'WAVES', 'read_prompts', 'find_
            'make_parser', 'main']
 
 # %% ../nbs/93_cli.ipynb #ad6f5d85
-import argparse, importlib, inspect, json, os, platform, re, shutil, signal, subprocess, sys, tempfile, textwrap
+import argparse, importlib, inspect, json, os, platform, re, shutil, subprocess, sys, textwrap
 import time, typing
 from pathlib import Path
 
 from .guard import as_device, check_target
+from .processes import run_all
 
 # %% ../nbs/93_cli.ipynb #da6b1415
 _ENDINGS = ('.wav', '.flac', '.ogg', '.mp3')  # what `save_audio` writes
@@ -344,37 +345,6 @@ def train_part(
     write_atomic(folder/'training.json', lambda f: f.write(note.encode()))
     return folder
 
-# %% ../nbs/93_cli.ipynb #c26b4f49
-def _run_all(commands, environments, grace=30.):
-    "Run processes side by side, return the numbers of those that failed; none outlives this function, however it ends"
-    told, jobs = [], []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))  # never in the middle of a start
-    try:
-        _start(jobs, commands, environments)
-        while any(job.poll() is None for job in jobs):
-            if told: raise SystemExit(128 + told[0])
-            time.sleep(.1)
-        return [i for i, job in enumerate(jobs) if job.returncode]
-    finally:
-        _end(jobs, grace)
-        signal.signal(signal.SIGTERM, before)
-
-def _start(jobs, commands, environments):
-    "Start processes that do not hear Ctrl-C: this one tells them, and only this one says that it was stopped"
-    ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # children inherit it
-    try:
-        for command, env in zip(commands, environments): jobs.append(subprocess.Popen(command, env=env))
-    finally: signal.signal(signal.SIGINT, ours)
-
-def _end(jobs, grace):
-    "Ask processes to end, and kill those that have not done so in time"
-    for job in jobs: job.terminate()
-    deadline = time.time() + grace
-    try:
-        while time.time() < deadline and any(job.poll() is None for job in jobs): time.sleep(.1)
-    finally:
-        for job in jobs: job.kill(); job.wait()
-
 # %% ../nbs/93_cli.ipynb #ccaf662c
 def train_wave(
     parts:tuple, # parts that do not need each other
@@ -396,7 +366,7 @@ def train_wave(
     threads = max(1, (os.cpu_count() or 1)//len(parts))
     command = [sys.executable, '-m', 'audiorepro', 'train', '--budget', budget, *['--fresh']*fresh, '--only']
     own = [dict(OMP_NUM_THREADS=str(threads), TQDM_POSITION=str(i)) for i in range(len(parts))]
-    failed = _run_all([[*command, part] for part in parts], [os.environ | e for e in own])
+    failed = run_all([[*command, part] for part in parts], [os.environ | e for e in own])
     if failed:
         names = ' and '.join(parts[i] for i in failed)
         raise ValueError(f"training of {names} failed; the same command goes on where it stopped")

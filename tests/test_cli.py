@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, soundfile
 
 import audiorepro
-from audiorepro import cli
+from audiorepro import cli, processes
 from audiorepro.cli import main, make_parser
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored, and hand that on
@@ -286,7 +286,7 @@ def test_ctrl_c_in_the_middle():
 
 INTERRUPTED = '''
 import sys, time
-from audiorepro import cli
+from audiorepro import cli, processes
 def doctor():
     "Work"
     print('working', flush=True)
@@ -354,11 +354,11 @@ def test_a_percent_sign_in_a_comment_is_no_format(capsys, monkeypatch):
 
 DRIVER = '''
 import sys
-from audiorepro import cli
+from audiorepro import cli, processes
 sys.executable = sys.argv[1]
 grace = float(sys.argv[2])
-end = cli._end
-cli._end = lambda jobs, _: end(jobs, grace)
+end = processes._end
+processes._end = lambda jobs, _: end(jobs, grace)
 sys.exit(cli.main(['train']))
 '''
 
@@ -415,5 +415,5 @@ def test_a_child_that_fails_is_named(tmp_path):
 
 def test_the_handler_is_given_back():
     before = signal.getsignal(signal.SIGTERM)
-    assert cli._run_all([[sys.executable, '-c', 'raise SystemExit(1)']], [os.environ]) == [0]
+    assert cli.run_all([[sys.executable, '-c', 'raise SystemExit(1)']], [os.environ]) == [0]
     assert signal.getsignal(signal.SIGTERM) is before and signal.getsignal(signal.SIGINT) is signal.default_int_handler
