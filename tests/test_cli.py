@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, soundfile
 
 import audiorepro
-from audiorepro import cli, processes
+from audiorepro import cli
 from audiorepro.cli import main, make_parser
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored, and hand that on
