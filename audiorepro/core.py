@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS', 'WEIGHT_FILES', 'project_root', 'out_dir', 'write_atomic', 'write_atomic_folder', 'figures_dir',
            'results_dir', 'save_fig', 'save_json', 'load_json', 'Config', 'count_params', 'make_generator',
-           'find_weights', 'is_foreign', 'read_safetensors', 'load_strict', 'no_larger_than', 'Model', 'at_scale']
+           'find_weights', 'read_safetensors', 'load_strict', 'no_larger_than', 'Model', 'at_scale']
 
 # %% ../nbs/01_core.ipynb #6d0a1d37
 import importlib, io, json, numbers, os, re, shutil, stat, types, typing, uuid
@@ -392,26 +392,21 @@ def _holds_weights(path):
     found = {p.name for p in path.iterdir()} - {'model.safetensors'}
     return 'model_index.json' in found or any(name.endswith(WEIGHT_FILES) for name in found)
 
-def is_foreign(
+def _is_foreign(
     path:Path, # from `find_weights`
 )->bool: # False where `save_pretrained` wrote
-    """Tell files of other libraries: they have no `config.json`, or one with marks of its own
-
-    Parameters
-    ----------
-    path : Path
-        from `find_weights`
-
-    Returns
-    -------
-    bool
-        False where `save_pretrained` wrote
-    """
+    "Tell files of other libraries: they have no `config.json`, or one with marks of its own"
     if not (path/'config.json').is_file(): return True
     try: found = json.loads((path/'config.json').read_text())
     except ValueError: return False  # a damaged file: `Config.load` says so
     marks = {'_class_name', 'model_type', 'architectures', 'architecture', 'auto_map'}
     return isinstance(found, dict) and not marks.isdisjoint(found)
+
+def _from_foreign(cls, path):
+    "Hand a published layout to the function that `cls.reader` names"
+    module, _, function = cls.reader.partition('.')
+    if function: return getattr(importlib.import_module(f'audiorepro.{module}'), function)(path)
+    raise ValueError(f"{path} was not written by `save_pretrained`, and {cls.__name__} knows no published layout")
 
 def _from_hub(name):
     "Folder of a hub snapshot, from the local cache or downloaded"
@@ -509,18 +504,12 @@ class Model(nn.Module):
     "A module built from a config that can be saved and restored without losing or inventing a tensor"
     config_class, component = Config, 'model' # set by each model: its config and the name of its folder of toy weights
     reader = '' # 'module.function' of the package: published layout -> model; '' where none is known
+    from_foreign = classmethod(_from_foreign) # path -> model
 
     def __init__(self, cfg): super().__init__(); self.cfg = cfg
 
     @property
     def device(self): return next(self.parameters()).device
-
-    @classmethod
-    def from_foreign(cls, path):
-        "Hand a published layout to the function that `reader` names"
-        module, _, function = cls.reader.partition('.')
-        if function: return getattr(importlib.import_module(f'audiorepro.{module}'), function)(path)
-        raise ValueError(f"{path} was not written by `save_pretrained`, and {cls.__name__} knows no published layout")
 
     def save_pretrained(self,
         folder:str|Path, # made when missing
@@ -567,8 +556,8 @@ class Model(nn.Module):
         """
         path, device = find_weights(name, cls.component), as_device(device)
         with no_larger_than(path):
-            model = cls.from_foreign(path) if is_foreign(path) else cls(cls.config_class.load(path/'config.json'))
-            if not is_foreign(path): load_strict(model, read_safetensors(path/'model.safetensors'), path)
+            model = cls.from_foreign(path) if _is_foreign(path) else cls(cls.config_class.load(path/'config.json'))
+            if not _is_foreign(path): load_strict(model, read_safetensors(path/'model.safetensors'), path)
         return model.to(device=device, dtype=dtype).eval()
 
 # %% ../nbs/01_core.ipynb #d3d596a8

@@ -63,6 +63,7 @@ def gpt2_config(
     return GPT2Config(dim, values.get('n_layer', layers), heads, values.get('n_positions', N), vocab,
                       values.get('resid_pdrop', .1), values.get('layer_norm_epsilon', 1e-5))
 
+# %% ../nbs/51a_gpt2_files.ipynb #96f344fb
 def read_gpt2(
     path:str, # the hub's `gpt2`, a folder of transformers, or the official AudioLDM 2 file
 )->GPT2: # with the published weights

@@ -393,7 +393,7 @@ BAD = [
     (unexplained_figures, notebook("save_fig(fig, '05_bad_what')", 'x = 1', '# The next section')),
     (unexplained_figures, notebook("save_fig(fig, '05_bad_what'); fig")), (bare_comparisons, notebook('assert True\nabs(a - b).max() > .01')), (bare_comparisons, notebook('np.allclose(a, b)')),
     (bare_comparisons, notebook('for a, b in pairs:\n    torch.equal(a, b)')),
-    (missing_lessons, notebook('# As lesson 91 measures')), (missing_lessons, notebook('# Made in lessons 40 and 71')),
+    (missing_lessons, notebook('# As lesson 91 measures')), (missing_lessons, notebook('# Made in lessons 40 and 72')),
     (unfounded_numbers, notebook('print(loss)', '> The loss falls to 0.80.')), (unfounded_numbers, notebook('print(loss)', '> 43% are right.')),
     (unfounded_numbers, notebook('print(2_540_000)', '> It has 3.4 million weights.')),
 ]
