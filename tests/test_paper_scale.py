@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest, torch
 
-from audiorepro import audioldm2, audiomae, clap, codec, codec_training, gpt2, ldm, loa, t5, tango, text, tokenlm, training, unet, vae, vocoder
+from audiorepro import audioldm2, audiomae, clap, clap_files, codec, codec_training, gpt2, ldm, loa, t5, t5_files, tango, text, tokenlm, training, unet, vae, vocoder
 from audiorepro.audio import save_audio
 from audiorepro.sounds import make_records
 
@@ -155,8 +155,8 @@ def test_cell_trains(stem, i, source, small_world, monkeypatch, capsys):
         losses.extend(row['loss'] for row in rows)
         return rows
     monkeypatch.setattr(training, 'fit', watched)
-    monkeypatch.setattr(clap.HFCLAP, 'from_pretrained', classmethod(lambda cls, *a, **k: TinyText(24)))
-    monkeypatch.setattr(t5.HFT5, 'from_pretrained', classmethod(lambda cls, *a, **k: TinyText(16)))
+    monkeypatch.setattr(clap_files.HFCLAP, 'from_pretrained', classmethod(lambda cls, *a, **k: TinyText(24)))
+    monkeypatch.setattr(t5_files.HFT5, 'from_pretrained', classmethod(lambda cls, *a, **k: TinyText(16)))
     names = stand_in(lesson_names(stem, i))
     source = re.sub(r'f"cuda:\{[^}]*\}"', "'cpu'", source)
     source = source.replace("'cuda'", "'cpu'").replace('.cuda()', '.cpu()').replace('num_workers=os.cpu_count()', 'num_workers=0')
