@@ -224,6 +224,7 @@ FOUNDED_ELSEWHERE = {
     '53b_published': {'1.1'},  # the same, counted in lesson 52a
     '83_errata': {'0.25', '1.42', '1.67', '1.78', '1.86', '2.13'},  # quoted from the paper
     '83a_errata_captions': {'2.21', '2.71', '0.527', '0.539'},  # the same
+    '83b_errata_rr': {'1.52', '1.56', '1.58'},  # quoted from the paper
     '30_vae': {'0.411'},         # scale of the published checkpoint
     '34_clap': {'0.01'},         # smallest temperature
     '43_ldm': {'0.16'},          # seconds of a moment
