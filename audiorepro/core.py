@@ -332,7 +332,7 @@ def make_generator(
     seed:int, # of Python or numpy, -2**63 .. 2**64 - 1
     device:str|torch.device='cpu', # where the random numbers are drawn
 )->torch.Generator: # independent of the global state
-    """A seeded source of random numbers
+    """A seeded source of random numbers; every bit of the seed counts
 
     Parameters
     ----------
@@ -346,7 +346,10 @@ def make_generator(
     torch.Generator
         independent of the global state
     """
-    return torch.Generator(as_device(device)).manual_seed(check_int('seed', seed, -2**63, 2**64 - 1))
+    from numpy.random import SeedSequence
+    seed = check_int('seed', seed, -2**63, 2**64 - 1) % 2**64
+    if seed >= 2**32: seed = int(SeedSequence(seed).generate_state(1)[0])  # torch on a CPU looks at 32 bits only
+    return torch.Generator(as_device(device)).manual_seed(seed)
 
 # %% ../nbs/01_core.ipynb #27b38a92
 WEIGHTS = Path(__file__).parent/'weights' if '__file__' in globals() else project_root()/'audiorepro'/'weights'
