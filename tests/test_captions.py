@@ -437,12 +437,12 @@ def test_a_sound_lost_on_the_way_is_an_error(lesson, kind, monkeypatch):
 
 @pytest.mark.parametrize('stem, wanted', [('70_captions', "'kept': 2"), ('70a_caption_stream', '24 clips scored'), ('70b_captioners', 'clip1\ta dog')])
 def test_cell_at_paper_scale(stem, wanted, corpus, tmp_path, monkeypatch, capsys):
-    from audiorepro import captioners, clap
+    from audiorepro import captioners, clap_files
     monkeypatch.chdir(tmp_path)
     for i, r in enumerate(make_records(2, seed=3)): save_audio(tmp_path/f'data/audioset/clip{i}.wav', r.wav, 16_000)
     for i in range(2): (tmp_path/f'data/audioset/clip{i}.txt').write_text('a dog barks\n')
     (tmp_path/'data/audioset_captions').symlink_to(corpus[0])
-    monkeypatch.setattr(clap.HFCLAP, 'from_pretrained', classmethod(lambda cls, *a, **k: Words()))
+    monkeypatch.setattr(clap_files.HFCLAP, 'from_pretrained', classmethod(lambda cls, *a, **k: Words()))
     class Talker:
         def caption(self, wavs, n): return [['a dog']*n]
     monkeypatch.setattr(captioners.HFCaptioner, 'from_pretrained', classmethod(lambda cls, *a, **k: Talker()))

@@ -325,6 +325,6 @@ def test_each_import_is_declared_and_pinned():
     plain = lambda name: re.split(r'[<>=!~]', name)[0].lower().replace('_', '-')
     declared = {plain(r) for k, v in parser['DEFAULT'].items() if k.endswith('requirements') for r in shlex.split(v)}
     pinned = {plain(line) for line in (ROOT/'constraints.txt').read_text().splitlines()} | {'torch'}
-    used = {dict(PIL='pillow', sklearn='scikit-learn').get(n, plain(n)) for n in third_party()}
+    used = {dict(PIL='pillow', sklearn='scikit-learn', yaml='pyyaml').get(n, plain(n)) for n in third_party()}
     assert {'filelock', 'joblib', 'pillow', 'ipython'} <= used <= declared
     assert used - {'phonemizer', 'espeakng-loader', 'laion-clap'} <= pinned

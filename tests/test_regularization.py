@@ -298,14 +298,14 @@ def test_stored_runs_are_whole():
 
 def test_paper_scale_cell(tmp_path, monkeypatch, capsys):
     "The cell about a real corpus runs on four clips and a made text encoder"
-    from audiorepro import t5
+    from audiorepro import t5_files
     from audiorepro.audio import save_audio
     source = next(s for c in json.loads((ROOT/'nbs'/'62_regularization.ipynb').read_text())['cells'] for s in [''.join(c['source'])] if "at_scale('gpu'" in s)
     monkeypatch.chdir(tmp_path)
     said = ['a dog barks', 'a dog barks, then rain falls', 'rain falls', 'a bell rings']
     for k in range(4): save_audio(tmp_path/f'data/audiocaps/audio/v{k}_0.wav', .1*torch.sin(torch.arange(1600)/5)[None], 16_000)
     (tmp_path/'data/audiocaps/val.csv').write_text('youtube_id,start_time,caption\n' + ''.join(f'v{k},0,"{s}"\n' for k, s in enumerate(said)))
-    monkeypatch.setattr(t5.HFT5, 'from_pretrained', classmethod(lambda cls, *a, **k: KeywordEncoder(said)))
+    monkeypatch.setattr(t5_files.HFT5, 'from_pretrained', classmethod(lambda cls, *a, **k: KeywordEncoder(said)))
     names = dict(at_scale=lambda *a, **k: True, KeywordEncoder=KeywordEncoder, similarity_matrix=similarity_matrix, pool=pool, pair_correlation=pair_correlation, torch=torch)
     exec(source, names)
     lines = capsys.readouterr().out.splitlines()
