@@ -491,7 +491,7 @@ def no_larger_than(
         of the weights
     """
     files = [path] if path.is_file() else [p for p in path.rglob('*') if p.name.endswith(WEIGHT_FILES) and p.is_file()]
-    room = [4*sum(p.stat().st_size for p in files) + 2**24, 20_000]  # bytes (from 8 to 32 bits), tensors
+    room = [4*sum(p.stat().st_size for p in files) + 2**24, 8_000]  # bytes (from 8 to 32 bits), tensors
     def count(module, name, x):
         room[:] = (room[0] - x.nbytes, room[1] - 1) if x is not None else room
         if min(room) < 0: raise ValueError(f"{path}: the settings ask for a larger network than the file holds")
