@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['TABLE_1', 'AudioLDM2Config', 'TextToLatent', 'generator_condition', 'null_condition', 'joint_loss', 'AudioLDM2',
-           'encode_prompts', 'encode_nothing', 'latent_shape', 'latent_frames', 'generate', 'latents_to_wav',
-           'joint_tensors', 'toy_recipe', 'TableRow', 'table_recipe', 'paper_recipe']
+           'encode_prompts', 'encode_nothing', 'generate', 'joint_tensors', 'toy_recipe', 'TableRow', 'table_recipe',
+           'paper_recipe']
 
 # %% ../nbs/53_audioldm2.ipynb #995c4eab
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,10 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .core import Config, Model, as_device, check_int, check_number, count_params, make_generator
-from .audio import normalize, turn_down
-from .mel import FbankConfig, MelConfig, audiomae_input, griffin_lim, log_mel
-from .text import Tokenizer, check_prompt
+from .core import Config, Model, as_device, check_int, make_generator
+from .audio import normalize
+from .mel import FbankConfig, MelConfig, audiomae_input, log_mel
 from .datasets import CaptionedAudio, collate, toy_set
 from .training import Recipe, TrainConfig, loader_batches, tensor_batches
 from .vae import VAE
@@ -29,6 +27,7 @@ from .clap import CLAP
 from .diffusion import Schedule, diffusion_loss, start_noise
 from .sampling import Condition, check_sampling, item_seeds, sample_ddim
 from .unet import UNet, UNetConfig, add_context
+from .pipeline import Pipeline, as_texts, latent_frames, latent_shape, latents_to_wav
 from .ldm import true_latents
 from .t5 import T5
 from .loa import LOAConfig, LOAModel, MutedText, all_true, loa_conditions, loa_criterion, loa_tensors
@@ -176,7 +175,7 @@ def joint_loss(
     return dict(loss=loss_simple + loss_loa, loss_simple=loss_simple, loss_loa=loss_loa)
 
 # %% ../nbs/53_audioldm2.ipynb #2602df02
-class AudioLDM2:
+class AudioLDM2(Pipeline):
     """The pipeline: frozen text encoders, VAE and vocoder around the trained `TextToLatent` (AudioLDM 2, eq. 1)
 
     Parameters
@@ -194,6 +193,9 @@ class AudioLDM2:
     null_loa : str, default='zeros'
         LOA of the empty condition: 'zeros' (authors) or 'generated' from "" (diffusers)
     """
+    names, kinds = ('halves', 'clap', 't5', 'vae', 'vocoder'), (TextToLatent, CLAP, T5, VAE)
+    seconds = property(lambda self: self.cfg.clip_seconds)
+
     def __init__(self,
         halves:TextToLatent, # what was trained for the task
         clap:CLAP, # first text encoder; `HFCLAP` in a published system
@@ -238,48 +240,9 @@ class AudioLDM2:
             halves.unet, halves.loa = p['unet'], p['loa']
             return cls(halves, p['clap'], p['t5'], p['vae'], p['vocoder'], null_loa).to(device, dtype)
         if options: raise ValueError(f"{', '.join(options)}: options of published systems, and {name} is none")
-        kinds = TextToLatent, CLAP, T5, VAE
-        parts = (kind.from_pretrained(f'{name}/{kind.component}', device, dtype) for kind in kinds)
-        return cls(*parts, null_loa=null_loa)
-
-    def save_pretrained(self,
-        folder, # made when missing; one subfolder per part
-        dtype:torch.dtype|None=None, # of the saved tensors
-    ):
-        """Save the four parts so that `from_pretrained(folder)` restores them
-
-        Parameters
-        ----------
-        folder
-            made when missing; one subfolder per part
-        dtype : torch.dtype|None, default=None
-            of the saved tensors
-        """
-        if self.vocoder: raise ValueError("save_pretrained keeps systems of this kit; a published one stays as it came")
-        for part in self.parts(): part.save_pretrained(f'{folder}/{part.component}', dtype)
+        return super().from_pretrained(name, device, dtype, null_loa=null_loa)
 
     __call__:Callable[..., Tensor] # `generate`, defined below: `pipe(prompt)` is `generate(pipe, prompt)`
-
-    def parts(self)->tuple: # the modules, the vocoder where there is one
-        """Returns
-        -------
-        tuple
-            the modules, the vocoder where there is one
-        """
-        return (self.halves, self.clap, self.t5, self.vae, *([self.vocoder] if self.vocoder else []))
-
-    def to(self, device=None, dtype=None): # a torch device, a floating type
-        "Move every part"
-        for part in self.parts(): getattr(part, 'model', part).to(device=device and as_device(device), dtype=dtype)
-        return self
-
-    @property
-    def device(self): return self.halves.device
-
-    def __repr__(self): # parts with their millions of parameters, type and device, length and rate
-        sizes = (f'{type(p).__name__} {count_params(getattr(p, "model", p))/1e6:.1f}M' for p in self.parts())
-        dtype, rate = str(next(self.halves.parameters()).dtype).removeprefix('torch.'), f'{self.sample_rate} Hz'
-        return f"AudioLDM2({', '.join(sizes)}; {dtype} on {self.device}; {self.cfg.clip_seconds:g} s at {rate})"
 
 # %% ../nbs/53_audioldm2.ipynb #84b27dc5
 @torch.no_grad()
@@ -335,64 +298,10 @@ def _common_length(pipe, cond):
     is_batch = pipe.halves.loa.cfg.text_padding == 'batch' and len(cond.contexts) > 1
     return cond.contexts[1][0].shape[1] if is_batch else None
 
-# %% ../nbs/53_audioldm2.ipynb #476b3b69
-def latent_shape(
-    cfg:AudioLDM2Config, # hop, clip length, channels
-    frames:int|None=None, # latent frames; None is a whole clip
-)->tuple: # (C, T, F)
-    """Shape of one latent
-
-    Parameters
-    ----------
-    cfg : AudioLDM2Config
-        hop, clip length, channels
-    frames : int|None, default=None
-        latent frames; None is a whole clip
-
-    Returns
-    -------
-    tuple
-        (C, T, F)
-    """
-    frames = frames or round(cfg.clip_seconds*cfg.mel.sample_rate)//(4*cfg.mel.hop_length)
-    return cfg.unet.in_channels, frames, cfg.mel.n_mels//4
-
-def latent_frames(
-    cfg:AudioLDM2Config, # hop, clip length, depth of the T-UNet
-    seconds:float, # wanted length
-)->tuple: # (latent frames, samples)
-    """Round the wanted length up to what the T-UNet can halve; the surplus is cut from the waveform
-
-    Parameters
-    ----------
-    cfg : AudioLDM2Config
-        hop, clip length, depth of the T-UNet
-    seconds : float
-        wanted length
-
-    Returns
-    -------
-    tuple
-        (latent frames, samples)
-    """
-    check_number('audio_length_in_s', seconds, 1/cfg.mel.sample_rate, 4*cfg.clip_seconds)
-    if seconds > cfg.clip_seconds + 1e-6:
-        warnings.warn(f"{seconds:g} s is longer than the {cfg.clip_seconds:g} s clips of training", stacklevel=3)
-    samples, step = round(seconds*cfg.mel.sample_rate), 4*cfg.mel.hop_length * 2**(len(cfg.unet.channels) - 1)
-    return -(-samples//step) * step//(4*cfg.mel.hop_length), samples
-
 # %% ../nbs/53_audioldm2.ipynb #5edbd13e
-def _as_list(pipe, text, name):
-    "One text or several -> a checked list; words that the toy tokeniser does not know are named in a warning"
-    texts = list(text) if isinstance(text, (list, tuple)) else [text]
-    if not texts: raise ValueError(f"{name} must hold at least one text, got an empty list")
-    texts = [check_prompt(t, name) for t in texts]
-    if isinstance(pipe.t5.tokenizer, Tokenizer): pipe.t5.tokenizer.encode(texts, warn_unknown=True)
-    return texts
-
 def _both_branches(pipe, prompts, negative_prompt, copies):
     "Condition of the prompts and what to move away from, each text `copies` times; GPT-2 reads both in one batch"
-    negative = [''] if negative_prompt is None else _as_list(pipe, negative_prompt, 'negative_prompt')
+    negative = [''] if negative_prompt is None else as_texts(negative_prompt, 'negative_prompt', pipe.t5)
     if len(negative) not in (1, len(prompts)):
         raise ValueError(f"negative_prompt must be one text or one per prompt, got {len(negative)} for {len(prompts)}")
     texts, negative = ([t for t in x for _ in range(copies)] for x in (prompts, negative*(len(prompts)//len(negative))))
@@ -457,7 +366,7 @@ def generate(
     Tensor
         `(B, samples)` float32 in [-1, 1], or scaled latents `(B, C, T, F)`
     """
-    prompts, seconds = _as_list(pipe, prompt, 'prompt'), audio_length_in_s
+    prompts, seconds = as_texts(prompt, 'prompt', pipe.t5), audio_length_in_s
     copies = check_int('num_waveforms_per_prompt', num_waveforms_per_prompt, 1)
     check_sampling(pipe.cfg.schedule, num_inference_steps, guidance_scale, guidance_rescale, eta)
     if output not in ('wav', 'latents'): raise ValueError(f"output must be 'wav' or 'latents', got {output!r}")
@@ -477,35 +386,6 @@ def generate(
 AudioLDM2.__call__ = generate
 
 # %% ../nbs/53_audioldm2.ipynb #88575c57
-@torch.no_grad()
-def latents_to_wav(
-    pipe:AudioLDM2, # gives the VAE and the mel front end
-    z_0:Tensor, # `(B, C, T, F)` scaled latents
-    samples:int, # length of the waveforms
-    limit:bool=True, # turn clips down that exceed full scale, with a warning
-)->Tensor: # `(B, samples)` float32, in [-1, 1] when limited
-    """Latents -> mel by the VAE -> waveform by the vocoder or by Griffin-Lim
-
-    Parameters
-    ----------
-    pipe : AudioLDM2
-        gives the VAE and the mel front end
-    z_0 : Tensor
-        `(B, C, T, F)` scaled latents
-    samples : int
-        length of the waveforms
-    limit : bool, default=True
-        turn clips down that exceed full scale, with a warning
-
-    Returns
-    -------
-    Tensor
-        `(B, samples)` float32, in [-1, 1] when limited
-    """
-    mel = pipe.vae.from_latent(z_0.to(pipe.vae.scale_factor.dtype))
-    wavs = pipe.vocoder.to_wav(mel) if pipe.vocoder else griffin_lim(mel.float().cpu(), pipe.cfg.mel)
-    return turn_down(wavs[:, :samples].float().cpu()) if limit else wavs[:, :samples].float().cpu()
-
 @torch.no_grad()
 def _rank_by_clap(
     pipe:AudioLDM2, # gives the CLAP model

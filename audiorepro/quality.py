@@ -19,7 +19,8 @@ from .scores import count_faults, distance_interval, wilson_interval
 from .audiomae import AudioMAE
 from .clap import CLAP, clap_score
 from .sampling import Condition, sample_ddim
-from .audioldm2 import AudioLDM2, encode_nothing, encode_prompts, latent_shape, latents_to_wav
+from .audioldm2 import AudioLDM2, encode_nothing, encode_prompts
+from .pipeline import latent_shape, latents_to_wav
 
 # %% ../nbs/53a_quality.ipynb #41dfc84c
 @torch.no_grad()

@@ -9,7 +9,8 @@ __all__ = ['sounding', 'moments', 'MomentReader', 'looks', 'own_time', 'said_to'
 import torch, torch.nn.functional as F
 from torch import Tensor
 
-from .audioldm2 import AudioLDM2, generator_condition, latent_shape, latents_to_wav, null_condition
+from .audioldm2 import AudioLDM2, generator_condition, null_condition
+from .pipeline import latent_shape, latents_to_wav
 from .audiomae import AudioMAE
 from .core import make_generator
 from .datasets import ToySet

@@ -17,9 +17,8 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 from .audio import normalize
-from .audioldm2 import latent_frames, latent_shape, latents_to_wav
 from .clap import CLAP
-from .core import Config, Model, as_device, check_int, count_params, make_generator
+from .core import Config, Model, check_int, make_generator
 from .datasets import CaptionedAudio, ToySet, collate, toy_set
 from .diffusion import (Schedule, diffusion_loss, draw_noise, min_snr_weight, q_sample, sample_ddpm,
                                   start_noise, target)
@@ -27,9 +26,9 @@ from .layers import ResBlock2d
 from .ldm import true_latents
 from .mel import MelConfig, log_mel
 from .mixing import augment_batch
+from .pipeline import Pipeline, as_texts, latent_frames, latent_shape, latents_to_wav
 from .sampling import Condition, check_sampling, item_seeds, sample_ddim
 from .t5 import T5
-from .text import Tokenizer, check_prompt
 from .training import Recipe, TrainConfig, loader_batches, tensor_batches
 from .unet import UNet, UNetConfig
 from .vae import VAE
@@ -340,29 +339,6 @@ class KeepBest:
         return dict(val_loss=loss, best_step=self.step)
 
 # %% ../nbs/71_tango.ipynb #62327e14
-class _System:
-    "What a pipeline does with its parts"
-    def parts(self)->tuple: # the modules, the vocoder where there is one
-        return (self.denoiser, self.encoder, self.vae, *([self.vocoder] if self.vocoder else []))
-    def to(self, device=None, dtype=None): # a torch device, a floating type
-        "Move every part"
-        for part in self.parts(): getattr(part, 'model', part).to(device=device and as_device(device), dtype=dtype)
-        return self
-    @property
-    def device(self): return self.denoiser.device
-    def __repr__(self): # parts with their millions of parameters, type and device, length and rate
-        sizes = (f'{type(p).__name__} {count_params(getattr(p, "model", p))/1e6:.1f}M' for p in self.parts())
-        where, length = f'{next(self.denoiser.parameters()).dtype} on {self.device}', f'{self.cfg.clip_seconds:g} s'
-        return f"Tango({', '.join(sizes)}; {where}; {length} at {self.sample_rate} Hz)"
-
-def _as_list(pipe, text, name):
-    "One text or several -> a checked list; words that the toy tokeniser does not know are named in a warning"
-    texts = list(text) if isinstance(text, (list, tuple)) else [text]
-    if not texts: raise ValueError(f"{name} must hold at least one text, got an empty list")
-    texts = [check_prompt(t, name) for t in texts]
-    if isinstance(toy := getattr(pipe.encoder, 'tokenizer', None), Tokenizer): toy.encode(texts, warn_unknown=True)
-    return texts
-
 def _check_sampler(schedule, sampler, num_inference_steps, guidance_scale, guidance_rescale, eta):
     "Refuse what the chosen walk cannot do"
     check_sampling(schedule, num_inference_steps, guidance_scale, guidance_rescale, eta)
@@ -371,7 +347,7 @@ def _check_sampler(schedule, sampler, num_inference_steps, guidance_scale, guida
         raise ValueError(f"sampler='ddpm' takes no eta and no guidance_rescale, got {eta} and {guidance_rescale}")
 
 # %% ../nbs/71_tango.ipynb #52e10bd3
-class Tango(_System):
+class Tango(Pipeline):
     """The pipeline: frozen text encoder and VAE around the trained `TangoDenoiser` (Kong et al. 2024, sec. 3.2)
 
     Parameters
@@ -385,6 +361,8 @@ class Tango(_System):
     vocoder : default=None
         `HifiGan`, log-mel -> waveform; None is Griffin-Lim
     """
+    names, kinds = ('denoiser', 'encoder', 'vae', 'vocoder'), (TangoDenoiser, T5, CLAP, VAE)
+    seconds = property(lambda self: self.cfg.clip_seconds)
     def __init__(self,
         denoiser:TangoDenoiser, # what was trained
         encoder, # `T5` or `HFT5`; `CLAP` or `HFCLAP` where `denoiser.cfg.film` is set
@@ -394,43 +372,16 @@ class Tango(_System):
         self.denoiser, self.encoder, self.vae, self.vocoder = denoiser, encoder, vae, vocoder
         self.cfg, self.sample_rate = denoiser.cfg, denoiser.cfg.mel.sample_rate
     @classmethod
-    def from_pretrained(cls,
-        name='toy', # `"toy"`, `"mine"`, or a folder that `save_pretrained` wrote
-        device='cpu', # where the parts go: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-        dtype:torch.dtype=torch.float32, # of the weights
-    ):
-        """Load all parts; errors name the file and the reason
-
-        Parameters
-        ----------
-        name : default='toy'
-            `"toy"`, `"mine"`, or a folder that `save_pretrained` wrote
-        device : default='cpu'
-            where the parts go: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
-        dtype : torch.dtype, default=torch.float32
-            of the weights
+    def load_parts(cls, name, device, dtype)->list: # denoiser, the encoder that it was trained on, VAE
+        """Returns
+        -------
+        list
+            denoiser, the encoder that it was trained on, VAE
         """
         if (Path(name)/'main_config.json').exists(): raise ValueError(f"{name} is a published Tango: see tango_files")
-        device = as_device(device)
         denoiser = TangoDenoiser.from_pretrained(f'{name}/tango', device, dtype)
         kinds = CLAP if denoiser.cfg.film else T5, VAE
-        return cls(denoiser, *(k.from_pretrained(f'{name}/{k.component}', device, dtype) for k in kinds))
-
-    def save_pretrained(self,
-        folder, # made when missing; one subfolder per part
-        dtype:torch.dtype|None=None, # of the saved tensors
-    ):
-        """Save the three parts so that `from_pretrained(folder)` restores them
-
-        Parameters
-        ----------
-        folder
-            made when missing; one subfolder per part
-        dtype : torch.dtype|None, default=None
-            of the saved tensors
-        """
-        if self.vocoder: raise ValueError("save_pretrained keeps systems of this kit; a published one stays as it came")
-        for part in (self.denoiser, self.encoder, self.vae): part.save_pretrained(f'{folder}/{part.component}', dtype)
+        return [denoiser, *(k.from_pretrained(f'{name}/{k.component}', device, dtype) for k in kinds)]
 
 # %% ../nbs/71_tango.ipynb #27e008ae
 @torch.no_grad()
@@ -491,11 +442,11 @@ def generate(
     Tensor
         `(B, samples)` float32 in [-1, 1], or scaled latents `(B, C, T, F)`
     """
-    prompts, cfg, seconds = _as_list(pipe, prompt, 'prompt'), pipe.cfg, audio_length_in_s
+    prompts, cfg, seconds = as_texts(prompt, 'prompt', pipe.encoder), pipe.cfg, audio_length_in_s
     copies = check_int('num_waveforms_per_prompt', num_waveforms_per_prompt, 1)
     _check_sampler(cfg.schedule, sampler, num_inference_steps, guidance_scale, guidance_rescale, eta)
     if output not in ('wav', 'latents'): raise ValueError(f"output must be 'wav' or 'latents', got {output!r}")
-    negative = [''] if negative_prompt is None else _as_list(pipe, negative_prompt, 'negative_prompt')
+    negative = [''] if negative_prompt is None else as_texts(negative_prompt, 'negative_prompt', pipe.encoder)
     if len(negative) not in (1, n := len(prompts)):
         raise ValueError(f"negative_prompt must be one text or one per prompt, got {len(negative)} for {n}")
     frames, samples = latent_frames(cfg, cfg.clip_seconds if seconds is None else seconds)
@@ -561,7 +512,7 @@ def toy_tensors(
     return dict(z_0=true_latents(toy, VAE.from_pretrained(weights), seed)[rows]) | told
 
 # %% ../nbs/71_tango.ipynb #0cc0eb2b
-_STEPS = dict(pretrain=dict(short=700, full=2500), finetune=dict(short=300, full=1000))
+_STEPS = dict(pretrain=dict(short=700, full=2400), finetune=dict(short=300, full=1000))
 
 def toy_recipe(
     budget:str='short', # 'short' or 'full': number of steps

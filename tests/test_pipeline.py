@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from audiorepro import cli, public
-from audiorepro.audioldm2 import AudioLDM2, encode_nothing, encode_prompts, latent_shape
+from audiorepro.audioldm2 import AudioLDM2, encode_nothing, encode_prompts
+from audiorepro.pipeline import latent_shape
 from audiorepro.audio import load_audio
 from audiorepro.checkpoints import read_foreign
 from audiorepro.core import make_generator
