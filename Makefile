@@ -23,8 +23,8 @@ setup: $(STAMP)  ## make .venv with everything in it
 tour: $(STAMP)  ## prompt to sound with the shipped weights: out/tour.wav and out/tour.png
 	$(BIN)/audiorepro tour
 
-train: $(STAMP)  ## train your own AudioLDM 2 at toy scale (about half an hour on 2 free cores)
-	$(BIN)/audiorepro train
+train: $(STAMP)  ## train your own AudioLDM 2 at toy scale (about half an hour on 2 free cores); SYSTEM=tango, tokenlm, all
+	$(BIN)/audiorepro train$(if $(SYSTEM), --system $(SYSTEM))
 
 test: $(STAMP)  ## all tests, then every lesson in a fresh kernel
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n 2 --dist worksteal
@@ -48,7 +48,7 @@ notebooks: $(STAMP)  ## execute the lessons in fresh kernels and keep their outp
 	OMP_NUM_THREADS=1 $(BIN)/python tests/lessons.py run $(NB)
 
 weights: $(STAMP)  ## remake the shipped weights at full budget (hours of CPU, minutes on a GPU; resumable)
-	$(BIN)/audiorepro train --budget full --ship
+	$(BIN)/audiorepro train --system all --budget full --ship
 
 claims: $(STAMP)  ## run what is missing of the registered claims, one arm and seed at a time (hours of CPU; may be killed)
 	$(BIN)/audiorepro claims

@@ -2,7 +2,8 @@
 __version__ = "0.1.0"
 
 _MODULE_OF = dict(
-    AudioLDM2='audioldm2', VAE='vae', AudioMAE='audiomae', CLAP='clap', T5='t5', GPT2='gpt2', UNet='unet', HifiGan='vocoder', Judge='judge',
+    AudioLDM2='audioldm2', Tango='tango', TokenAudio='tokenlm', load_system='systems',
+    Codec='codec', TokenLM='tokenlm', VAE='vae', AudioMAE='audiomae', CLAP='clap', T5='t5', GPT2='gpt2', UNet='unet', HifiGan='vocoder', Judge='judge',
     Schedule='diffusion', sample_ddim='sampling', MelConfig='mel', log_mel='mel', load_audio='audio', save_audio='audio', toy_set='datasets')
 __all__ = [*_MODULE_OF]
 

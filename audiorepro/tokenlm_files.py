@@ -4,24 +4,29 @@
 
 # %% auto #0
 __all__ = ['MUSICGEN_KEYS', 'AUDIOCRAFT_KEYS', 'random_musicgen', 'musicgen_state', 'musicgen_config', 'audiocraft_config',
-           'read_tokenlm', 'PublishedLM']
+           'read_tokenlm', 'PublishedLM', 'load_musicgen']
 
 # %% ../nbs/61a_tokenlm_files.ipynb #54d73f5c
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .checkpoints import count_keys, map_keys, read_foreign, read_json, read_pickle, read_weights, strip_to
-from .core import load_strict
+from .codec import Codec
+from .core import as_device, find_weights, load_strict
 from .public import make_tokenizers, shake
-from .tokenlm import TokenLM, TokenLMConfig
+from .t5_files import HFT5
+from .tokenlm import TokenAudio, TokenLM, TokenLMConfig
 
 # %% ../nbs/61a_tokenlm_files.ipynb #216284c0
 def random_musicgen(
     folder:str|Path, # where to save it; made when missing
     seed:int=0, # of the weights
     text_dim:int=40, # width of T5; 32, the width of the LM, leaves out the projection
+    card:int=64, # values of a code
+    **sizes, # of the LM, under transformers' names
 ): # `MusicgenForConditionalGeneration` of transformers, in eval mode
     """Let transformers build and save a tiny MusicGen with random weights, a tokeniser beside it
 
@@ -33,20 +38,24 @@ def random_musicgen(
         of the weights
     text_dim : int, default=40
         width of T5; 32, the width of the LM, leaves out the projection
+    card : int, default=64
+        values of a code
+    **sizes
+        of the LM, under transformers' names
 
     Returns
     -------
     `MusicgenForConditionalGeneration` of transformers, in eval mode
     """
     import transformers as t
-    card, codec = 64, dict(num_filters=4, hidden_size=8, codebook_dim=8, upsampling_ratios=[5, 4], sampling_rate=16_000,
-                           target_bandwidths=[19.2], num_lstm_layers=1, use_causal_conv=False)
+    codec = dict(num_filters=4, hidden_size=8, codebook_dim=8, upsampling_ratios=[5, 4], sampling_rate=16_000,
+                 target_bandwidths=[800*4*math.log2(card)/1000], num_lstm_layers=1, use_causal_conv=False)
     ends = dict(pad_token_id=card, bos_token_id=card)
     config = t.MusicgenConfig(
         text_encoder=t.T5Config(vocab_size=200, d_model=text_dim, d_kv=8, num_heads=4, d_ff=48, num_layers=2),
         audio_encoder=t.EncodecConfig(codebook_size=card, **codec),
-        decoder=t.MusicgenDecoderConfig(vocab_size=card, hidden_size=32, num_hidden_layers=3, ffn_dim=48,
-                                        num_attention_heads=4, dropout=0., **ends))
+        decoder=t.MusicgenDecoderConfig(**dict(vocab_size=card, hidden_size=32, num_hidden_layers=3, ffn_dim=48,
+                                               num_attention_heads=4, dropout=0.) | ends | sizes))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = shake(t.MusicgenForConditionalGeneration(config))
@@ -206,3 +215,31 @@ def read_tokenlm(
 class PublishedLM(TokenLM):
     "A `TokenLM` that also reads published files: `from_pretrained(folder, file or hub id)`"
     from_foreign = classmethod(lambda cls, path: read_tokenlm(path))
+
+# %% ../nbs/61a_tokenlm_files.ipynb #e0eaaff0
+def load_musicgen(
+    name:str|Path, # folder of transformers' MusicGen, or a hub id
+    device='cpu', # where the parts go: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+    dtype:torch.dtype=torch.float32, # of the weights
+)->TokenAudio: # the pipeline of lesson 61
+    """Load a published system whole: text encoder, language model, codec
+
+    Parameters
+    ----------
+    name : str|Path
+        folder of transformers' MusicGen, or a hub id
+    device : default='cpu'
+        where the parts go: 'auto', 'cpu', 'cuda', 'cuda:1', 'mps'
+    dtype : torch.dtype, default=torch.float32
+        of the weights
+
+    Returns
+    -------
+    TokenAudio
+        the pipeline of lesson 61
+    """
+    device, folder = as_device(device), find_weights(name, 'tokenlm')
+    if not (folder.is_dir() and (folder/'config.json').is_file()):
+        raise ValueError(f"{folder} is no folder of transformers: audiocraft keeps T5 and codec in files of their own")
+    parts = (kind.from_pretrained(folder) for kind in (HFT5, PublishedLM, Codec))
+    return TokenAudio(*parts).to(device, dtype)

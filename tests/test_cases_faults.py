@@ -176,13 +176,13 @@ def train(folder, steps=4):
 HOLD = "import sys\nfrom audiorepro.guard import lock_folder\nwith lock_folder(sys.argv[1]): print('held', flush=True); input()"
 
 def test_one_training_for_each_folder_and_a_lock_that_dies(tmp_path, monkeypatch):
-    from audiorepro import cli
+    from audiorepro import course
     monkeypatch.setenv('AUDIOREPRO_OUT', str(tmp_path))
     run = tmp_path/'train'/'vae'/'0123456789ab'
     (run/'user.part').mkdir(parents=True)
     holder = subprocess.Popen([sys.executable, '-c', HOLD, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout.readline() == b'held\n'
-    for work in (lambda: train(run), lambda: cli.train_part('vae', fresh=True), lambda: guard.delete_folder(run)):
+    for work in (lambda: train(run), lambda: course.train_part('vae', fresh=True), lambda: guard.delete_folder(run)):
         with pytest.raises(ValueError, match='0123456789ab is in use by another process'): work()
     assert run.is_dir()
     holder.send_signal(signal.SIGKILL); holder.communicate()

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np, pytest, soundfile
 
 import audiorepro
-from audiorepro import cli
+from audiorepro import cli, processes
 from audiorepro.cli import main, make_parser
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored, and hand that on
@@ -256,12 +256,31 @@ def test_faults_of_ours_keep_their_traceback(error, monkeypatch):
 
 @pytest.mark.parametrize('args, word', [([], 'COMMAND'), (['sing'], 'sing'), (['say', 'rain', '--steps', 'many'], 'many'), (['say', '--nothing'], '--nothing'),
                                         (['convert', 'x'], 'target'), (['say', '--out', 'x.wav'], '--file'), (['train', '--budget', 'tiny'], 'tiny'),
-                                        (['train', '--only', 'vocoder'], 'audioldm2')])
+                                        (['train', '--only', 'vocoder'], 'audioldm2'),
+                                        (['train', '--system', 'musiclm'], 'tokenlm'), (['say', 'rain', '--model', 'toy-lm', '--steps', '3'], 'no steps'),
+                                        (['say', 'rain', '--model', 'toy-tango', '--candidates', '3'], 'no candidates')])
 def test_wrong_arguments_take_one_line(args, word, capsys):
     try: status = main(args)
     except SystemExit as e: status = e.code
     assert status == 2
     one_line(capsys.readouterr().err, word)
+
+
+@pytest.mark.parametrize('model, more', [('toy-tango', ['--steps', '3', '--negative-prompt', 'wind blows']), ('toy-lm', ['--guidance-scale', '2'])])
+def test_the_other_systems_answer(model, more, tmp_path):
+    "Same words, same seed, same bytes; another system, another sound"
+    asked = ['say', 'a siren wails', '--seconds', '1', '--seed', '4', *more]
+    for name, system in (('a', model), ('b', model), ('c', 'toy')):
+        given = asked if system == model else [*asked[:6], '--steps', '3']
+        assert main([*given, '--model', system, '--out', str(tmp_path/f'{name}.wav')]) == 0
+    sounds = [(tmp_path/f'{name}.wav').read_bytes() for name in 'abc']
+    assert sounds[0] == sounds[1] != sounds[2] and soundfile.info(tmp_path/'a.wav').frames == 16_000
+
+
+def test_make_passes_the_system_on():
+    makefile = (Path(__file__).parent.parent/'Makefile').read_text()
+    assert 'train$(if $(SYSTEM), --system $(SYSTEM))' in makefile
+    assert main(['train', '--system', 'tango', '--only', 'bells']) == 2
 
 
 def test_nobody_listens():
@@ -415,5 +434,5 @@ def test_a_child_that_fails_is_named(tmp_path):
 
 def test_the_handler_is_given_back():
     before = signal.getsignal(signal.SIGTERM)
-    assert cli.run_all([[sys.executable, '-c', 'raise SystemExit(1)']], [os.environ]) == [0]
+    assert processes.run_all([[sys.executable, '-c', 'raise SystemExit(1)']], [os.environ]) == [0]
     assert signal.getsignal(signal.SIGTERM) is before and signal.getsignal(signal.SIGINT) is signal.default_int_handler
