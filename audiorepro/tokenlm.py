@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .audio import turn_down
+from .codec import Codec
 from .core import Config, Model, make_generator
 from .datasets import encode_once, toy_set
 from .guard import check_int, check_number
 from .layers import Attention, attention, causal_mask
+from .pipeline import Pipeline
 from .pretext import hide_words
 from .sampling import apply_cfg, item_seeds
 from .t5 import T5
@@ -545,7 +547,7 @@ def generate(
     return undelay(steps, model.cfg.card, full=True)
 
 # %% ../nbs/61_tokenlm.ipynb #9fc2cb5e
-class TokenAudio:
+class TokenAudio(Pipeline):
     """The third system: text -> T5 -> token LM -> codec -> waveform
 
     Parameters
@@ -557,6 +559,9 @@ class TokenAudio:
     codec
         has `sample_rate` and `frame_rate` (Hz), `encode(wav)`: `(B, 1, N)` -> codes, `decode(codes)` back
     """
+    names, kinds = ('lm', 't5', 'codec'), (T5, TokenLM, Codec)
+    seconds = property(lambda self: self.lm.cfg.max_frames/self.codec.frame_rate)  # of the longest sound
+
     def __init__(self,
         t5, # `T5` or `HFT5`: `encode(texts)` gives states and mask, `dim` their width
         lm:TokenLM, # writes codes
@@ -683,12 +688,11 @@ def toy_recipe(
     Recipe
         for `run_recipe`
     """
-    from audiorepro.codec import Codec
     tensors = _tensors(toy_set(clips), T5.from_pretrained(weights), Codec.from_pretrained(weights), wordings)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         model = TokenLM(TokenLMConfig.toy())
     check_codes(tensors['codes'], model.cfg)
-    config = TrainConfig(dict(short=800, full=4000)[budget], lr=2e-3, betas=(.9, .95), weight_decay=.1,
+    config = TrainConfig(dict(short=800, full=3000)[budget], lr=2e-3, betas=(.9, .95), weight_decay=.1,
                          warmup_steps=100, schedule='cosine', ema_decay=.99, bf16=True, seed=seed)
     return Recipe('tokenlm', model, lm_loss, tensor_batches(tensors, 16, seed), config)

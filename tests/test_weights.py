@@ -6,12 +6,17 @@ import pytest, torch
 from audiorepro.core import WEIGHTS, read_safetensors
 
 FOLDERS = sorted(p.parent for p in WEIGHTS.glob('*/config.json'))
-NEEDED = {'vae', 'audiomae', 'clap', 'clap_score', 't5', 'ldm', 'loa', 'audioldm2', 'judge'}
+NEEDED = {'vae', 'audiomae', 'clap', 'clap_score', 't5', 'ldm', 'loa', 'audioldm2', 'judge', 'codec', 'tokenlm', 'tango'}
 
 
 def test_complete_and_small():
     assert {f.name for f in FOLDERS} == NEEDED
-    assert sum(f.stat().st_size for folder in FOLDERS for f in folder.iterdir()) < 30e6
+    assert sum(f.stat().st_size for folder in FOLDERS for f in folder.iterdir()) < 45e6
+
+
+@pytest.mark.parametrize('parts, limit', [(('codec', 'tokenlm'), 8e6), (('tango',), 12e6)])
+def test_a_system_stays_small(parts, limit):
+    assert sum(f.stat().st_size for part in parts for f in (WEIGHTS/part).iterdir()) < limit
 
 
 @pytest.mark.parametrize('folder', FOLDERS, ids=lambda f: f.name)
