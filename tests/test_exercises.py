@@ -76,7 +76,142 @@ OTHER_ANSWERS = [
                     'def quantise(x, books):\n    codes = torch.zeros(len(x), len(books), dtype=torch.int64)\n    for i, book in enumerate(books): codes[:, i], x = one_level(x, book)\n    return codes', '`x - book[k]`'),
     ('50_t5', 2, 'def confused(distance, buckets=32, max_distance=128):\n    row = relative_buckets(1, 201, buckets=buckets, max_distance=max_distance).flatten().tolist()\n'
                  '    return [d for d in range(201) if row[d] == row[distance]]', ''),
+    ('40_diffusion', 1, 'predicted = dict(equal=torch.tensor(1/2), minus_20=.0099, half=-4.77)', 'Half the amplitude is a quarter of the variance'),
+    ('40_diffusion', 2, 'def jump(z_0, t, alpha_bar, eps):\n    return torch.stack([alpha_bar[i].sqrt()*z + (1 - alpha_bar[i]).sqrt()*e for z, i, e in zip(z_0, t, eps)])\n'
+                        'def snr_db(t, alpha_bar): return 20*(alpha_bar[t].sqrt()/(1 - alpha_bar[t]).sqrt()).log10()', ''),
+    ('40_diffusion', 4, 'def best_eps(z_t, alpha_bar_t, spread):\n    a, s = math.sqrt(alpha_bar_t), math.sqrt(1 - alpha_bar_t)\n    return z_t*s/(a**2*spread**2 + s**2)', 'a^2 spread^2 + s^2'),
+    ('41_sampling', 2, 'def ddim_step(z_t, eps_pred, bar, bar_prev, eta=0., noise=0.):\n    sigma = eta*math.sqrt((1 - bar_prev)/(1 - bar)*(1 - bar/bar_prev))\n'
+                       '    by_z = math.sqrt(bar_prev/bar)\n    return by_z*z_t + (math.sqrt(1 - bar_prev - sigma**2) - by_z*math.sqrt(1 - bar))*eps_pred + sigma*noise', ''),
+    ('41_sampling', 3, 'def guide(u, c, scale, rescale=0.):\n    pred = (1 - scale)*u + scale*c\n    size = lambda x: x.flatten(1).std(1).view(-1, *[1]*(x.ndim - 1))\n'
+                       '    return rescale*pred*size(c)/size(pred) + (1 - rescale)*pred', ''),
+    ('41_sampling', 4, 'def drop(states, mask, null, coin):\n    rows = [null if k else s[m] for s, m, k in zip(states, mask, coin)]\n    n = max(len(r) for r in rows)\n'
+                       '    pad = lambda r: torch.cat([r, torch.full((n - len(r), r.shape[1]), 9.)])\n'
+                       '    return torch.stack([pad(r) for r in rows]), torch.stack([torch.arange(n) < len(r) for r in rows])', 'What must the mask say'),  # no longer than needed
+    ('33_audiomae', 1, 'predicted = dict(patches=512., visible=102, tokens=torch.tensor(32), moment=.64)', ''),
+    ('33_audiomae', 2, 'def hide(noise, num_keep):\n    keep = noise.topk(num_keep, largest=False).indices\n    hidden = torch.ones(noise.shape, dtype=torch.bool)\n'
+                       '    for row, places in zip(hidden, keep): row[places] = False\n    return keep, hidden\n'
+                       'def put_back(visible, keep, blank, n):\n    out = blank.repeat(len(visible), n, 1)\n    for row, places, x in zip(out, keep, visible): row[places] = x\n    return out', 'in any order'),
+    ('33_audiomae', 3, 'def goal(patches): return torch.nn.functional.layer_norm(patches, patches.shape[-1:], eps=1e-6)*(1 - 1/patches.shape[-1])**.5\n'
+                       'def hidden_error(pred, target, hidden): return (((pred - target)**2).mean(-1)*hidden).sum()/hidden.sum()', ''),
+    ('33_audiomae', 4, 'def pool(features, grid, lam):\n    (t, f), side = grid, min(lam, grid[1])\n    x = features.reshape(len(features), t, f, -1)\n'
+                       '    parts = [p for row in x.split(lam, 1) for p in row.split(side, 2)]\n    return torch.stack([(p.mean((1, 2)) + p.amax((1, 2)))/2 for p in parts], 1)', ''),
+    ('42_unet', 1, 'predicted = dict(coarse=[16, 4], sites=4., transformers=torch.tensor(8), with_words=12)', ''),
+    ('42_unet', 2, 'def waves(t, dim):\n    rates = [10_000**(-2*i/dim) for i in range(dim//2)]\n'
+                   '    return torch.stack([torch.cos(t*r) for r in rates] + [torch.sin(t*r) for r in rates], 1)', 'first `dim/2` cosines'),
+    ('42_unet', 3, 'def reach(layers):\n    seen = 1\n    for kernel, stride in layers[::-1]: seen = (seen - 1)*stride + kernel\n    return seen\nseconds = 37*.04', ''),  # from the output back
+    ('42_unet', 4, 'def widths_in(channels, n):\n    kept = [channels[0]] + [c for i, c in enumerate(channels) for _ in range(n + (i < len(channels) - 1))]\n'
+                   '    below = [channels[-1], *channels[:0:-1]]\n    rows = []\n    for c, b in zip(reversed(channels), below):\n'
+                   '        rows.append(tuple((c if i else b) + kept.pop() for i in range(n + 1)))\n    return rows', ''),
+    ('51_gpt2', 1, 'predicted = dict(moved=torch.arange(6, 10), pairs=55., cached=8, again=26)', ''),
+    ('51_gpt2', 2, 'def may_read(real, N):\n    B, L = real.shape\n    return real[:, None].expand(B, N, L).tril(L - N)', ''),
+    ('51_gpt2', 3, 'def read(x, weights, past=None):\n    q, k, v = (x @ w for w in weights)\n    if past: k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)\n    M = k.shape[1] - q.shape[1]\n'
+                   '    out = [((q[:, i:i + 1]/math.sqrt(q.shape[-1])) @ k[:, :M + i + 1].transpose(1, 2)).softmax(-1) @ v[:, :M + i + 1] for i in range(q.shape[1])]\n    return torch.cat(out, 1), [k, v]', ''),
+    ('51_gpt2', 4, 'def free_run(model, given, steps):\n    made, past = [], None\n    for _ in range(steps):\n        out, past = model(made[-1] if made else given, past)\n        made.append(out[:, -1:])\n    return torch.cat(made, dim=1)', ''),
+    ('52_loa', 1, 'predicted = dict(squared=torch.tensor(1.9), absolute=3, length=21., first=13)', ''),
+    ('52_loa', 2, 'def pack(x, mask):\n    rows, M = [v[m] for v, m in zip(x, mask)], max(mask.sum(1).tolist())\n    return (torch.stack([torch.cat([torch.zeros(M - len(r), x.shape[2]), r]) for r in rows]),\n'
+                  '            torch.stack([torch.arange(M) >= M - len(r) for r in rows]))', 'A loop over the rows will do'),
+    ('52_loa', 3, 'def forced(gpt, prompt, loa):\n    seen = torch.cat([prompt, loa], 1)\n    return gpt(seen)[:, prompt.shape[1] - 1:-1]', ''),  # reads the last one in vain
+    ('52_loa', 4, 'def order_score(ab, ba):\n    halves = [torch.stack(x.chunk(2, 1), 1).mean(2) for x in (ab, ba)]\n    c = (halves[0] + halves[1]).mean(0)/2\n    a, b = (F.normalize(h - c, dim=-1) for h in halves)\n'
+                  '    return ((a[:, 0]*b[:, 1]).sum(1) + (a[:, 1]*b[:, 0]).sum(1) - (a*b).sum((1, 2)))/2', ''),
+    ('53_audioldm2', 1, 'predicted = dict(frames=52., samples=32e3, cut=torch.tensor(1280))', ''),
+    ('53_audioldm2', 2, 'def choose(truth, say, p_gt, generator):\n    if torch.rand(1, generator=generator).item() >= p_gt: return say()\n    return truth', ''),
+    ('53_audioldm2', 4, 'def cross(a, b):\n    (loa, mask), _ = a.contexts\n    return Condition([(loa, mask), b.contexts[-1]], a.pooled)', ''),
+    ('43_ldm', 1, 'predicted = dict(mean_tokens=170, informed_8=torch.tensor(.225), silent=1)', ''),
+    ('43_ldm', 2, 'def between(a, b, share): return (1 - share)**.5*a + share**.5*b', 'whose squares add up to one'),
+    ('43_ldm', 3, 'def told_loss(net, z_0, loa, t, eps, schedule):\n    return torch.stack([(net(q_sample(z_0[i:i + 1], t[i:i + 1], schedule.alpha_bar, eps[i:i + 1]), t[i:i + 1], Condition(((loa[i:i + 1], None),)))\n'
+                  '                         - target(z_0[i:i + 1], eps[i:i + 1], t[i:i + 1], schedule)).square().mean() for i in range(len(z_0))])', ''),
+    ('55_speech', 1, 'predicted = dict(ids=PhonemeTokenizer("toy").ids(["sh", "i", "m", "a"]), longest=309., filling=torch.tensor(16))', ''),
+    ('55_speech', 2, 'def durations(seconds, hop=.01):\n    out, end, at = [], 0., 0\n    for s in seconds.tolist():\n        end += s\n        out.append(round(end/hop) - at)\n        at += out[-1]\n    return torch.tensor(out)', ''),
+    ('55_speech', 3, 'def stretch(states, frames): return torch.stack([s for s, n in zip(states, frames.tolist()) for _ in range(n)])\ndef slower(mel, is_vowel): return stretch(mel, is_vowel.int() + 1)', ''),
+    ('55_speech', 4, 'def scores(q, k, rel, window):\n    rel_at = lambda o: rel[o + window] if abs(o) <= window else torch.zeros(q.shape[1])\n'
+                     '    return torch.stack([torch.stack([q[i] @ (k[j] + rel_at(j - i)) for j in range(len(k))]) for i in range(len(q))])/q.shape[1]**.5', 'A loop is allowed'),
 ]
+
+
+# answers with a plausible slip, which the checks must notice: (notebook, exercise, answer)
+WRONG_ANSWERS = [
+    ('40_diffusion', 1, 'predicted = dict(equal=.5, minus_20=.01/1.01, half=10*math.log10(.5))'),  # an amplitude taken for a variance
+    ('40_diffusion', 2, 'def jump(z_0, t, alpha_bar, eps):\n    a = alpha_bar[t].view(-1, *[1]*(z_0.ndim - 1))\n    return a*z_0 + (1 - a)*eps\n'
+                        'def snr_db(t, alpha_bar): return 10*(alpha_bar[t]/(1 - alpha_bar[t])).log10()'),  # no roots
+    ('40_diffusion', 2, 'def jump(z_0, t, alpha_bar, eps):\n    a = alpha_bar[t].view(-1, *[1]*(z_0.ndim - 1))\n    return a.sqrt()*z_0 + (1 - a).sqrt()*eps\n'
+                        'def snr_db(t, alpha_bar): return 20*(alpha_bar[t]/(1 - alpha_bar[t])).log10()'),  # decibels of an amplitude
+    ('40_diffusion', 3, 'def v_of(z_0, eps, a, s): return s*z_0 - a*eps\ndef back(z_t, v, a, s): return a*z_t + s*v, s*z_t - a*v'),  # sign: there and back it fits
+    ('40_diffusion', 4, 'def best_eps(z_t, alpha_bar_t, spread): return (1 - alpha_bar_t)**.5*z_t'),  # right for a spread of 1 only
+    ('41_sampling', 1, 'predicted = dict(z_0=1., z_prev=1.1, guided=5., printed=5.)'),
+    ('41_sampling', 2, 'def ddim_step(z_t, eps_pred, bar, bar_prev, eta=0., noise=0.):\n    z_0 = (z_t - (1 - bar)**.5*eps_pred)/bar**.5\n    sigma = eta*((1 - bar_prev)/(1 - bar)*(1 - bar/bar_prev))**.5\n'
+                       '    return bar_prev**.5*z_0 + (1 - bar_prev)**.5*eps_pred + sigma*noise'),  # fresh noise on top of all the predicted noise
+    ('41_sampling', 3, 'def guide(u, c, scale, rescale=0.):\n    pred = u + scale*(c - u)\n    return pred*(1 - rescale + rescale*c.std()/pred.std())'),  # one factor for the batch
+    ('41_sampling', 3, 'def guide(u, c, scale, rescale=0.):\n    pred, axes = scale*u + (1 - scale)*c, tuple(range(1, u.ndim))\n    return pred*(1 - rescale + rescale*c.std(axes, keepdim=True)/pred.std(axes, keepdim=True))'),  # as printed
+    ('41_sampling', 4, 'def drop(states, mask, null, coin):\n    n = max(states.shape[1], len(null))\n    fit = lambda x: torch.nn.functional.pad(x, (0, 0, 0, n - x.shape[-2]))\n'
+                       '    return torch.where(coin[:, None, None], fit(null), fit(states)), fit(mask[..., None])[..., 0]'),  # the old mask
+    ('33_audiomae', 1, 'predicted = dict(patches=512, visible=103, tokens=32, moment=.64)'),  # with CLS
+    ('33_audiomae', 1, 'predicted = dict(patches=512, visible=102, tokens=32, moment=10.24/32)'),  # the bands taken for moments
+    ('33_audiomae', 2, 'def hide(noise, num_keep):\n    keep = noise.argsort(1)[:, -num_keep:]\n    return keep, torch.ones_like(noise, dtype=torch.bool).scatter(1, keep, False)\n'
+                       'def put_back(visible, keep, blank, n): return blank.expand(len(visible), n, -1).scatter(1, keep[..., None].expand_as(visible), visible)'),  # the largest noise
+    ('33_audiomae', 2, 'def hide(noise, num_keep):\n    keep = noise.argsort(1)[:, :num_keep]\n    return keep, torch.ones_like(noise, dtype=torch.bool).scatter(1, keep, False)\n'
+                       'def put_back(visible, keep, blank, n):\n    return blank.expand(len(visible), n, -1).scatter(1, keep.sort(1).values[..., None].expand_as(visible), visible)'),  # sorted places
+    ('33_audiomae', 3, 'def goal(patches): return (patches - patches.mean(-1, keepdim=True))/(patches.var(-1, keepdim=True) + 1e-6).sqrt()\n'
+                       'def hidden_error(pred, target, hidden): return (((pred - target)**2).mean(-1)*hidden).mean()'),  # divided by all patches
+    ('33_audiomae', 3, 'def goal(patches): return (patches - patches.mean())/(patches.var() + 1e-6).sqrt()\ndef hidden_error(pred, target, hidden): return ((pred - target)**2)[hidden].mean()'),  # not each patch
+    ('33_audiomae', 4, 'def pool(features, grid, lam):\n    (t, f), side = grid, min(lam, grid[1])\n    x = features.reshape(len(features), f//side, side, t//lam, lam, -1)\n'
+                       '    return ((x.mean((2, 4)) + x.amax((2, 4)))/2).flatten(1, 2)'),  # frequency-major
+    ('42_unet', 1, 'predicted = dict(coarse=(8, 2), sites=4, transformers=8, with_words=12)'),
+    ('42_unet', 1, 'predicted = dict(coarse=(16, 4), sites=3, transformers=6, with_words=9)'),  # one block going up, too
+    ('42_unet', 2, 'def waves(t, dim):\n    angle = t[:, None]*10_000**(-2*torch.arange(dim//2)/dim)\n    return torch.cat([angle.sin(), angle.cos()], 1)'),  # sines first
+    ('42_unet', 2, 'def waves(t, dim):\n    angle = t[:, None]*10_000**(-torch.arange(dim//2)/dim)\n    return torch.cat([angle.cos(), angle.sin()], 1)'),  # rates of half the exponent
+    ('42_unet', 3, 'def reach(layers):\n    seen = apart = 1\n    for kernel, stride in layers:\n        apart *= stride\n        seen += (kernel - 1)*apart\n    return seen\nseconds = 1.48'),  # a stride ahead
+    ('42_unet', 4, 'def widths_in(channels, n):\n    rows, below = [], channels[-1]\n    for c in channels[::-1]:\n        rows.append([below + c] + [2*c]*n)\n        below = c\n    return rows'),  # no map of another level
+    ('51_gpt2', 1, 'predicted = dict(moved=[7, 8, 9], pairs=55, cached=8, again=26)'),
+    ('51_gpt2', 1, 'predicted = dict(moved=[6, 7, 8, 9], pairs=55, cached=9, again=30)'),  # the last new vector is never read
+    ('51_gpt2', 2, 'def may_read(real, N):\n    places = torch.arange(real.shape[1])\n    return (places[None] <= torch.arange(N)[:, None]) & real[:, None]'),  # the memory forgotten
+    ('51_gpt2', 3, 'def read(x, weights, past=None):\n    q, k, v = (x @ w for w in weights)\n    if past is not None: k, v = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)\n'
+                   '    scores = (q @ k.transpose(1, 2)/math.sqrt(x.shape[-1])).softmax(-1)\n    return (scores*causal_mask(q.shape[1], k.shape[1])) @ v, (k, v)'),  # masked after the softmax
+    ('51_gpt2', 3, 'def read(x, weights, past=None):\n    q, k, v = (x @ w for w in weights)\n    if past is not None: k, v = torch.cat([k, past[0]], 1), torch.cat([v, past[1]], 1)\n'
+                   '    scores = q @ k.transpose(1, 2)/math.sqrt(x.shape[-1])\n    return scores.masked_fill(~causal_mask(q.shape[1], k.shape[1]), -torch.inf).softmax(-1) @ v, (k, v)'),  # the past behind
+    ('51_gpt2', 4, 'def free_run(model, given, steps):\n    seen = given\n    for _ in range(steps): seen = torch.cat([seen, model(seen, None)[0][:, -1:]], 1)\n    return seen[:, given.shape[1]:]'),  # right, but all again
+    ('51_gpt2', 4, 'def free_run(model, given, steps):\n    out, past = model(given, None)\n    made = []\n    for _ in range(steps):\n        out, past = model(out[:, -1:], past)\n        made.append(out)\n    return torch.cat(made, 1)'),  # a step ahead
+    ('52_loa', 1, 'predicted = dict(squared=1.9, absolute=1., length=21, first=13)'),
+    ('52_loa', 1, 'predicted = dict(squared=1.9, absolute=3., length=22, first=14)'),  # the last vector read, the first place behind EOS
+    ('52_loa', 2, 'def pack(x, mask):\n    order = (~mask).long().argsort(dim=1, stable=True)[:, :int(mask.sum(1).max())]\n    return x.gather(1, order[..., None].expand(-1, -1, x.shape[-1])), mask.gather(1, order)'),  # to the left end
+    ('52_loa', 3, 'def forced(gpt, prompt, loa): return gpt(torch.cat([prompt, loa], 1))[:, prompt.shape[1]:]'),  # the answer is shown
+    ('52_loa', 3, 'def forced(gpt, prompt, loa): return gpt(torch.cat([prompt[:, :-1], loa], 1))[:, prompt.shape[1] - 1:]'),
+    ('52_loa', 4, 'def order_score(ab, ba):\n    ab, ba = (x.unflatten(1, (2, -1)).mean(2) for x in (ab, ba))\n'
+                  '    return (F.cosine_similarity(ab, ba.flip(1), dim=-1) - F.cosine_similarity(ab, ba, dim=-1)).mean(1)'),  # the clock left in
+    ('52_loa', 4, 'def order_score(ab, ba):\n    ab, ba = (x.unflatten(1, (2, -1)).mean(2) for x in (ab, ba))\n    ab, ba = ab - ab.mean(0), ba - ba.mean(0)\n'
+                  '    return F.cosine_similarity(ab, ba.flip(1), dim=-1).mean(1)'),  # no straight ones
+    ('53_audioldm2', 1, 'predicted = dict(frames=50, samples=32_000, cut=0)'),  # rounded to what the VAE can do
+    ('53_audioldm2', 2, 'def choose(truth, say, p_gt, generator):\n    said = say()\n    return truth if torch.rand((), generator=generator) < p_gt else said'),  # GPT-2 always runs
+    ('53_audioldm2', 2, 'def choose(truth, say, p_gt, generator): return truth if torch.rand((), generator=generator) < p_gt else say().detach()'),  # GPT-2 learns nothing
+    ('53_audioldm2', 2, 'def choose(truth, say, p_gt, generator):\n    coin = torch.rand(len(truth), 1, 1, generator=generator) < p_gt\n    return torch.where(coin, truth, say())'),  # a coin an item
+    ('53_audioldm2', 3, 'def by_hand(pipe, prompt, against, seed, steps, scale):\n    cond = encode_prompts(pipe, [prompt])\n'
+                        '    z_0 = sample_ddim(pipe.halves.unet, (1, *latent_shape(pipe.cfg)), pipe.cfg.schedule, steps, cond=cond, uncond=encode_nothing(pipe, cond), guidance_scale=scale, generator=[make_generator(seed)])\n'
+                        '    return latents_to_wav(pipe, z_0, 40_960)'),  # the negative prompt left out
+    ('53_audioldm2', 4, 'def cross(a, b): return Condition((b.contexts[0], a.contexts[1]))'),
+    ('43_ldm', 1, 'predicted = dict(mean_tokens=170, informed_8=.25, silent=1.)'),
+    ('43_ldm', 2, 'def between(a, b, share): return (1 - share)*a + share*b'),  # the straight line
+    ('43_ldm', 2, 'def between(a, b, share):\n    z = (1 - share)*a + share*b\n    return z/z.std()'),  # one factor for the batch
+    ('43_ldm', 3, 'def told_loss(net, z_0, loa, t, eps, schedule):\n    pred = net(q_sample(z_0, t, schedule.alpha_bar, eps), t, Condition(((loa, None),)))\n    return ((pred - eps)**2).flatten(1).mean(1)'),  # always the noise
+    ('43_ldm', 3, 'def told_loss(net, z_0, loa, t, eps, schedule):\n    pred = net(q_sample(z_0, t, schedule.alpha_bar, eps), t, Condition(((loa, None),)))\n    return ((pred - target(z_0, eps, t, schedule))**2).mean().expand(len(z_0))'),
+    ('55_speech', 1, 'predicted = dict(ids=[9, 3, 6, 1, 14], longest=310, filling=16)'),  # the stop symbol counts
+    ('55_speech', 2, 'def durations(seconds, hop=.01): return (seconds/hop).round().long()'),  # each by itself
+    ('55_speech', 2, 'def durations(seconds, hop=.01): return (torch.cat([torch.zeros(1), seconds.cumsum(0)])/hop).long().diff()'),  # cut instead of rounded
+    ('55_speech', 3, 'def stretch(states, frames): return states.repeat_interleave(frames.clamp(min=1), 0)\ndef slower(mel, is_vowel): return stretch(mel, 1 + is_vowel.long())'),  # nothing may vanish
+    ('55_speech', 3, 'def stretch(states, frames): return states.repeat_interleave(frames, 0)\ndef slower(mel, is_vowel): return torch.cat([mel, mel[is_vowel]])'),  # the doubles at the end
+    ('55_speech', 4, 'def scores(q, k, rel, window):\n    places = torch.arange(len(q))\n    offset = places[:, None] - places[None]\n'
+                     '    near = (q @ rel.T).gather(1, (offset + window).clamp(0, 2*window))*(offset.abs() <= window)\n    return (q @ k.T + near)/q.shape[1]**.5'),  # query minus key
+    ('55_speech', 4, 'def scores(q, k, rel, window):\n    places = torch.arange(len(q))\n    offset = places[None] - places[:, None]\n'
+                     '    return (q @ k.T + (q @ rel.T).gather(1, (offset + window).clamp(0, 2*window)))/q.shape[1]**.5'),  # the last vector serves all farther ones
+]
+
+
+def answer_with(stem, number, answer):
+    "Run one exercise of a solution notebook with another answer in the place of the solution"
+    names, replaced = {'__name__': '__main__'}, 0
+    for i, (heading, source, _) in enumerate(sections((ROOT/'nbs'/'solutions'/f'{stem}.ipynb').read_text())):
+        if heading and not heading.startswith(f'Exercise {number}'): continue
+        if lessons.BEGIN in source: source, replaced = answer, replaced + 1
+        run(source, names, f'{stem}, code cell {i}')
+    if replaced != 1: raise ValueError(f'{stem}, exercise {number}: {replaced} cells hold an answer')
 
 
 @pytest.mark.parametrize('stem, number, answer, hint', OTHER_ANSWERS, ids=[f'{s}-{n}' for s, n, _, _ in OTHER_ANSWERS])
@@ -84,12 +219,13 @@ def test_other_right_answers_pass(stem, number, answer, hint):
     "What the hints lead to passes the checks, whatever type it comes in"
     text = (ROOT/'nbs'/'solutions'/f'{stem}.ipynb').read_text()
     assert hint in ''.join(''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'markdown')
-    names, replaced = {'__name__': '__main__'}, 0
-    for i, (heading, source, is_flagged) in enumerate(sections(text)):
-        if heading and not heading.startswith(f'Exercise {number}'): continue
-        if lessons.BEGIN in source: source, replaced = answer, replaced + 1
-        run(source, names, f'{stem}, code cell {i}')
-    assert replaced == 1
+    answer_with(stem, number, answer)
+
+
+@pytest.mark.parametrize('stem, number, answer', WRONG_ANSWERS, ids=[f'{s}-{n}' for s, n, _ in WRONG_ANSWERS])
+def test_wrong_answers_fail(stem, number, answer):
+    "A slip is told by an assert of the check, not by a crash"
+    with pytest.raises(AssertionError): answer_with(stem, number, answer)
 
 
 @by_name
