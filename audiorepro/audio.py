@@ -7,7 +7,7 @@ __all__ = ['Record', 'check_wav', 'to_mono', 'resample', 'load_audio', 'normaliz
            'save_audio', 'play', 'plot_wav', 'mel_ticks', 'plot_mels']
 
 # %% ../nbs/10_audio.ipynb #ed13a0fd
-import io, math, warnings
+import io, math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .containers import read_sound
 from .core import write_atomic
+from .guard import warn_user
 
 # %% ../nbs/10_audio.ipynb #f12cfe27
 @dataclass
@@ -111,8 +112,8 @@ def to_mono(
     before, after = wav.square().mean().sqrt().item(), mono.square().mean().sqrt().item()
     if before > 1e-4 and after < .1*before:
         less = 20*math.log10(before/max(after, 1e-9))
-        warnings.warn(f"{name}: the {len(wav)} channels cancel each other, their mean is {less:.0f} dB quieter "
-                      "(anti-phase stereo?); channel=0 takes the first alone")
+        warn_user(f"{name}: the {len(wav)} channels cancel each other, their mean is {less:.0f} dB quieter "
+                  "(anti-phase stereo?); channel=0 takes the first alone")
     return mono
 
 # %% ../nbs/10_audio.ipynb #59dba8aa
@@ -254,8 +255,8 @@ def turn_down(
     """
     gain = (peak/wav.abs().amax(-1, keepdim=True).clamp(min=1e-8)).clamp(max=1.)
     if (loud := gain < 1).any():
-        warnings.warn(f"{int(loud.sum())} of {len(wav)} clips exceed full scale and are turned down by up to "
-                      f"{-20*gain.min().log10().item():.1f} dB", stacklevel=2)
+        warn_user(f"{int(loud.sum())} of {len(wav)} clips exceed full scale and are turned down by up to "
+                  f"{-20*gain.min().log10().item():.1f} dB")
     return wav*gain
 
 # %% ../nbs/10_audio.ipynb #e0f2741e
@@ -287,7 +288,7 @@ def save_audio(
     if kind not in ('wav', 'flac', 'ogg', 'mp3'):
         raise ValueError(f"path must end in .wav, .flac, .ogg or .mp3, got {path}")
     peak = check_wav(wav).abs().max().item()
-    if peak > 1: warnings.warn(f"{path}: samples peak at {peak:.2f}, clipped to 1")
+    if peak > 1: warn_user(f"{path}: samples peak at {peak:.2f}, clipped to 1")
     try: content = _encode(wav, sample_rate, kind)
     except Exception as e: raise ValueError(f"{path}: cannot write {kind} at {sample_rate} Hz ({e})") from e
     write_atomic(path, lambda f: f.write(content))

@@ -368,6 +368,7 @@ def _write_safetensors(file, new):
         seen.add(place)
     save_file(state, new, dict(format='pt', source=file.name))
 
+# %% ../nbs/02_checkpoints.ipynb #ca882b22
 def convert(
     source:str|Path, # a pickle of weights, or a folder with some
     target:str|Path, # folder to make
@@ -389,15 +390,20 @@ def convert(
     source, target, done = Path(source), Path(target), []
     if not source.exists(): raise FileNotFoundError(f"{source} does not exist")
     if target.exists(): raise ValueError(f"{target} exists already: name a new folder")
+    files, pickles = sorted(source.rglob('*')) if source.is_dir() else [source], WEIGHT_FILES[1:]
+    if not any(file.suffix in pickles for file in files):
+        raise ValueError(f"{source} holds no weights to convert: no {', '.join(pickles)}")
     def write(folder):
-        for file in sorted(source.rglob('*')) if source.is_dir() else [source]:
+        for file in files:
             new = folder/file.relative_to(source if source.is_dir() else source.parent)
             new.parent.mkdir(parents=True, exist_ok=True)
             plain = new.with_name(_plain_name(new.name))
             if file.is_dir() or (file != source and file.with_name(plain.name).exists() and plain != new): continue
             if file.name.endswith('.bin.index.json'):
                 plain.write_text(re.sub(r'"([\w.-]+\.bin)"', lambda m: f'"{_plain_name(m[1])}"', file.read_text()))
-            elif file.suffix in WEIGHT_FILES[1:]: _write_safetensors(file, plain); done.append(file)
+            elif file.suffix in pickles:
+                if plain.exists(): raise ValueError(f"{file} and another file would both become {plain.name}")
+                _write_safetensors(file, plain); done.append(file)
             elif source.is_dir(): shutil.copyfile(file, new)
     try: write_atomic_folder(target, write)
     except OSError as e: raise e.__cause__ if isinstance(e.__cause__, ValueError) else e  # a refusal as it is

@@ -6,13 +6,14 @@
 __all__ = ['Part', 'Layout', 'chunks', 'is_unknown', 'ogg_checksum', 'ogg_pages', 'find_parts', 'read_sound', 'sound_length']
 
 # %% ../nbs/03_containers.ipynb #56999f1a
-import io, math, mmap, os, re, stat, struct, warnings, zlib
+import io, math, mmap, os, re, stat, struct, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from .guard import warn_user
 from .mpeg import mp3_sounds, mpeg_frame, skip_titles
 
 # %% ../nbs/03_containers.ipynb #753562a0
@@ -412,7 +413,7 @@ def _sources(path, data):
     for part in parts:
         if part.damage: raise ValueError(f"is truncated or damaged: {part.damage}")
         if part.surplus:
-            warnings.warn(f"{path}: {part.surplus} bytes follow the end that its header gives; they are left out")
+            warn_user(f"{path}: {part.surplus} bytes follow the end that its header gives; they are left out")
     return [(part, str(path) if len(parts) == 1 else data[part.start:part.stop]) for part in parts]
 
 def _check_same(kinds):

@@ -249,6 +249,14 @@ def _check_types(cfg):
             name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else kind
             raise ValueError(f"{type(cfg).__name__}.{f.name} must be {name}, got {value!r}")
 
+# %% ../nbs/01_core.ipynb #b188ade9
+def _read_settings(path):
+    "What a small JSON file holds; `ValueError` where it is too large, nested without end, or no file"
+    if os.path.exists(path) and not os.path.isfile(path): raise ValueError("it is no regular file")
+    if (size := os.path.getsize(path)) > 2**24: raise ValueError(f"{size} bytes are too many for settings")
+    try: return json.loads(Path(path).read_text())
+    except RecursionError as e: raise ValueError("it is nested too deeply") from e
+
 # %% ../nbs/01_core.ipynb #c8792eb0
 @dataclass(frozen=True)
 class Config:
@@ -305,7 +313,7 @@ class Config:
         path : str|Path
             JSON file
         """
-        try: return cls.from_dict(json.loads(Path(path).read_text()))
+        try: return cls.from_dict(_read_settings(path))
         except (ValueError, TypeError) as e: raise ValueError(f"{path}: {e}") from e
 
 # %% ../nbs/01_core.ipynb #0e1880bd
@@ -400,7 +408,7 @@ def _is_foreign(
 )->bool: # False where `save_pretrained` wrote
     "Tell files of other libraries: they have no `config.json`, or one with marks of its own"
     if not (path/'config.json').is_file(): return True
-    try: found = json.loads((path/'config.json').read_text())
+    try: found = _read_settings(path/'config.json')
     except ValueError: return False  # a damaged file: `Config.load` says so
     marks = {'_class_name', 'model_type', 'architectures', 'architecture', 'auto_map'}
     return isinstance(found, dict) and not marks.isdisjoint(found)

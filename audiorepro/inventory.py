@@ -206,7 +206,9 @@ def _members(file, skip):
             while member := tar.next():
                 tar.members.clear()  # a million of them would fill the memory
                 if (end := member.offset_data + member.size) > size: break
-                if member.isreg() and not member.issparse(): yield member.name, member.offset_data, member.size
+                is_hidden = member.name.rpartition('/')[2].startswith('.')  # `._a.wav` beside `a.wav`, from a Mac
+                if member.isreg() and not member.issparse() and not is_hidden:
+                    yield member.name, member.offset_data, member.size
     except tarfile.TarError as e: return skip(Path(file).name, 'damaged tar', str(e))
     with open(file, 'rb') as f:
         f.seek(end := -(-end//512)*512)
@@ -323,7 +325,8 @@ def find_source(
     if path.is_file() and path.suffix.lower() == '.tar': return 'tar', [path]
     if not path.is_dir(): raise ValueError(f"data {path} must be a folder, a table ({endings}) or an uncompressed .tar")
     if (path/'state.json').is_file() or (path/'dataset_dict.json').is_file(): return 'arrow', path
-    top = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in (*READERS, '.tar'))
+    top = sorted(p for p in path.iterdir()
+                 if p.suffix.lower() in (*READERS, '.tar') and p.is_file() and not p.name.startswith('.'))
     tables, tars = ([p for p in top if (p.suffix.lower() == '.tar') is is_tar] for is_tar in (False, True))
     if named := [p for p in tables if p.stem.lower() == 'metadata']: return 'table', named[0]
     if len(tables) == 1: return 'table', tables[0]

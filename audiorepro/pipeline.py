@@ -6,13 +6,12 @@
 __all__ = ['Pipeline', 'as_texts', 'latent_shape', 'latent_frames', 'latents_to_wav']
 
 # %% ../nbs/44_pipeline.ipynb #b134d5f9
-import warnings
-
 import torch
 from torch import Tensor
 
 from .audio import turn_down
 from .core import as_device, check_number, count_params
+from .guard import warn_user
 from .mel import griffin_lim
 from .text import Tokenizer, check_prompt
 
@@ -160,7 +159,7 @@ def latent_frames(
     """
     check_number('audio_length_in_s', seconds, 1/cfg.mel.sample_rate, 4*cfg.clip_seconds)
     if seconds > cfg.clip_seconds + 1e-6:
-        warnings.warn(f"{seconds:g} s is longer than the {cfg.clip_seconds:g} s clips of training", stacklevel=3)
+        warn_user(f"{seconds:g} s is longer than the {cfg.clip_seconds:g} s clips of training")
     samples, step = round(seconds*cfg.mel.sample_rate), 4*cfg.mel.hop_length * 2**(len(cfg.unet.channels) - 1)
     return -(-samples//step) * step//(4*cfg.mel.hop_length), samples
 

@@ -7,13 +7,14 @@ __all__ = ['ALPHABETS', 'clean_english', 'english_phonemes', 'toy_phonemes', 'Ph
            'RelativeAttention', 'PhonemeBlock', 'VitsTextEncoder', 'PhonemeEncoder']
 
 # %% ../nbs/55_speech.ipynb #2e40008e
-import math, re, string, unicodedata, warnings
+import math, re, string, unicodedata
 from dataclasses import dataclass
 
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import Config, Model
+from .guard import warn_user
 from .synth import PHONEMES, SYLLABLES
 from .text import pad_ids
 
@@ -138,7 +139,7 @@ class PhonemeTokenizer:
             numbers, the stop symbol last
         """
         if unknown := sorted({p for p in phonemes if p not in self.id}):
-            warnings.warn(f"unknown phonemes are left out: {' '.join(unknown)}")
+            warn_user(f"unknown phonemes are left out: {' '.join(unknown)}")
         return [self.id[p] for p in phonemes if p in self.id][:self.max_tokens - 1] + [self.stop]
 
     def encode(self,

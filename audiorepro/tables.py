@@ -12,6 +12,7 @@ from pathlib import Path
 
 # %% ../nbs/13b_tables.ipynb #cd4fe937
 MARKS = {codecs.BOM_UTF8: 'utf-8', codecs.BOM_UTF16_LE: 'utf-16-le', codecs.BOM_UTF16_BE: 'utf-16-be'}
+_LARGEST = 2**29  # bytes, a few million captions
 
 def read_lines(
     path:str|Path, # a text file
@@ -32,6 +33,8 @@ def read_lines(
         lines with their ends, without marks; see `is_text` for bytes that are no text
     """
     if not os.path.isfile(path): raise ValueError(f"{path} does not exist or is not a file")
+    if (size := os.path.getsize(path)) > _LARGEST:
+        raise ValueError(f"{path} has {size} bytes; at most {_LARGEST} are read at once: split it")
     raw = Path(path).read_bytes()
     code = encoding or next((name for mark, name in MARKS.items() if raw.startswith(mark)), 'utf-8')
     try: text = raw.decode(code, 'surrogateescape')

@@ -7,14 +7,15 @@ __all__ = ['MAX_CHARS', 'MAX_TOKENS', 'NUM_SENTINELS', 'split_words', 'pad_ids',
            'by_length', 'check_prompt', 'find_tokenizer', 'HFTokenizer']
 
 # %% ../nbs/13_text.ipynb #1d96621f
-import json, re, unicodedata, warnings
+import json, re, unicodedata
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch, torch.nn.functional as F
 from torch import Tensor
 
-from .core import write_atomic
+from .core import _read_settings, write_atomic
+from .guard import warn_user
 
 # %% ../nbs/13_text.ipynb #ab763037
 MAX_CHARS, MAX_TOKENS, NUM_SENTINELS = 2000, 64, 8
@@ -115,9 +116,9 @@ class Tokenizer:
         """
         words = split_words(text)
         unknown = sorted({w for w in words if w not in self.id})
-        if unknown and warn_unknown: warnings.warn(f"unknown words are read as <unk>: {', '.join(unknown)}")
+        if unknown and warn_unknown: warn_user(f"unknown words are read as <unk>: {', '.join(unknown)}")
         if len(words) > self.max_tokens - 1:
-            warnings.warn(f"the text has {len(words)} words; only the first {self.max_tokens - 1} are read")
+            warn_user(f"the text has {len(words)} words; only the first {self.max_tokens - 1} are read")
         return [self.id.get(w, self.unk) for w in words[:self.max_tokens - 1]] + [self.eos]
 
     def encode(self,
@@ -188,7 +189,7 @@ class Tokenizer:
         path : str|Path
             JSON file made by `save`
         """
-        try: return cls(**json.loads(Path(path).read_text()))
+        try: return cls(**_read_settings(path))
         except (ValueError, TypeError) as e: raise ValueError(f"{path} is not a tokeniser: {e}") from e
 
 # %% ../nbs/13_text.ipynb #ea1a803f
@@ -296,7 +297,7 @@ def check_prompt(
     text = unicodedata.normalize('NFKC', text).strip()
     if not any(c.isalnum() for c in text): raise ValueError(f"{name} must hold at least one word, got {text[:40]!r}")
     if len(text) > MAX_CHARS:
-        warnings.warn(f"the {name} has {len(text)} characters; only the first {MAX_CHARS} are read")
+        warn_user(f"the {name} has {len(text)} characters; only the first {MAX_CHARS} are read")
     return text[:MAX_CHARS]
 
 # %% ../nbs/13_text.ipynb #504fac51

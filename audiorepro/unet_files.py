@@ -101,7 +101,9 @@ def unet_from_diffusers(
         the same net
     """
     usual = dict(act_fn='silu', flip_sin_to_cos=True, freq_shift=0, norm_eps=1e-5, class_embed_type=None,
-                 resnet_time_scale_shift='default', time_embedding_type='positional', only_cross_attention=False)
+                 resnet_time_scale_shift='default', time_embedding_type='positional', only_cross_attention=False,
+                 mid_block_scale_factor=1, downsample_padding=1, time_embedding_act_fn=None, timestep_post_act=None,
+                 center_input_sample=False, resnet_skip_time_act=False, resnet_out_scale_factor=1)
     if odd := {k: values[k] for k, v in usual.items() if values.get(k, v) != v}: raise ValueError(f"not our net: {odd}")
     reads, heads = values['cross_attention_dim'], values.get('num_attention_heads') or values['attention_head_dim']
     reads = reads if isinstance(reads, (list, tuple)) else [reads]

@@ -6,12 +6,11 @@
 __all__ = ['from_official', 'config_from', 'read_vocoder']
 
 # %% ../nbs/32a_vocoder_files.ipynb #78e2c92b
-import json
 from pathlib import Path
 
 import torch
 
-from .checkpoints import map_keys, read_foreign, strip_to
+from .checkpoints import map_keys, read_foreign, read_json, strip_to
 from .core import load_strict
 from .vocoder import HifiGan, HifiGanConfig
 
@@ -88,7 +87,7 @@ def read_vocoder(
     """
     values, state = read_foreign(path, 'vocoder')
     for beside in (path.with_suffix('.json'), path.parent/'config.json'):
-        if path.is_file() and beside.is_file() and not values: values = json.loads(beside.read_text())
+        if path.is_file() and beside.is_file() and not values: values = read_json(beside)
     model = HifiGan(config_from(values) if 'upsample_rates' in values else HifiGanConfig.audioldm2())
     load_strict(model, from_official(state, path), path)
     return model

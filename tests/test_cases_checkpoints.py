@@ -13,10 +13,11 @@ from audiorepro.checkpoints import pickled_names, read_weights
 from audiorepro.clap_files import HFCLAP
 from audiorepro.gpt2 import GPT2, GPT2Config
 from audiorepro.loa import LOAModel
+from audiorepro.public import read_schedule
 from audiorepro.speech import PhonemeEncoder
 from audiorepro.t5 import T5
 from audiorepro.t5_files import HFT5
-from audiorepro.text import HFTokenizer, find_tokenizer
+from audiorepro.text import HFTokenizer, Tokenizer, find_tokenizer
 from audiorepro.unet import UNet
 from audiorepro.vae import VAE, VAEConfig
 from audiorepro.vocoder import HifiGan
@@ -122,6 +123,11 @@ def fifo_config(folder):
     return fifo(folder, 'config.json').parent
 
 
+def sparse_config(folder):
+    own(folder)
+    return sparse(folder, 'config.json').parent
+
+
 def foreign_config(folder, text):
     folder.mkdir(exist_ok=True)
     save_file(STATE, folder/'diffusion_pytorch_model.safetensors')
@@ -140,6 +146,7 @@ REFUSED = {
     'settings in a list': lambda d: foreign_config(d, '[1]'),
     'scaling factor null': lambda d: foreign_config(d, '{"_class_name": "AutoencoderKL", "scaling_factor": null}'),
     'settings through a pipe': fifo_config,
+    'settings of 4 GB': sparse_config,
     'safetensors, empty': lambda d: safetensors(d, lambda b: b''),
     'safetensors, cut': lambda d: safetensors(d, lambda b: b[:-7]),
     'safetensors, cut in its header': lambda d: safetensors(d, lambda b: b[:100]),
@@ -210,6 +217,30 @@ def test_every_loader_refuses_by_name(name, tmp_path):
         assert path.name in str(e.value) or f'bad{i}' in str(e.value), (fault, e.value)
         assert time.process_time() - start < SECONDS, fault
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)*1024 < MEMORY
+
+
+@pytest.mark.parametrize('fault', ['sparse', 'pipe', 'deep', 'list', 'bytes'])
+def test_a_tokenizer_that_is_none_is_refused_by_name(fault, tmp_path):
+    "Ours, a JSON file of words (a control: a saved one loads)"
+    path = tmp_path/'words.json'
+    if fault == 'sparse': sparse(tmp_path, path.name)
+    elif fault == 'pipe': fifo(tmp_path, path.name)
+    else: path.write_bytes(dict(deep=b'['*100_000, list=b'[1]', bytes=b'\xff{}')[fault])
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(ValueError, match='words.json is not a tokeniser'): Tokenizer.load(path)
+    assert time.process_time() - start < SECONDS
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)*1024 < MEMORY/4
+    path.unlink(); Tokenizer(['dog']).save(path)
+    assert Tokenizer.load(path).words == ('dog',)
+
+
+@pytest.mark.parametrize('sizes, words', [
+    ('{}', 'lacks num_train_timesteps, beta_start, beta_end'), ('[1]', 'must hold a dictionary'), ('{', 'is no JSON'),
+    ('{"num_train_timesteps": "many", "beta_start": 0.1, "beta_end": 0.2}', 'num_train_timesteps must be')])
+def test_a_schedule_that_is_none_is_refused_by_name(sizes, words, tmp_path):
+    (tmp_path/'scheduler').mkdir()
+    (tmp_path/'scheduler'/'scheduler_config.json').write_text(sizes)
+    with pytest.raises(ValueError, match=f'scheduler_config.json.*{words}'): read_schedule(tmp_path)
 
 
 def test_pickled_names_reads_no_more_than_it_needs(tmp_path):

@@ -3,7 +3,7 @@
 A case is `(name, file, content, wanted, options)`. `content` is text or bytes of the table `file`, beside which lie `a.wav` (1 s) and
 `b.wav` (0.5 s). `wanted` is a list of `(id, captions, columns)`, or a tuple of words that the ValueError must hold besides the file's name.
 """
-import contextlib, json
+import contextlib, json, resource, time
 
 import numpy as np
 import pytest, soundfile
@@ -133,6 +133,14 @@ def test_a_bad_row_costs_itself_only(folder):
 def test_many_open_quotes_take_little_time(folder):
     table, told = write(folder/'a.csv', HEAD + 'a.wav,"open\n'*5_000), []
     assert read_rows(table, skip=lambda *why: told.append(why)) == [] and len(told) == 5_000
+
+
+@pytest.mark.parametrize('ending', ['csv', 'tsv', 'json', 'jsonl'])
+def test_a_sparse_table_of_4_gb_is_refused_at_once(ending, folder):
+    with open(folder/f'big.{ending}', 'wb') as f: f.truncate(2**32)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(ValueError, match=f'big.{ending} has 4294967296 bytes'): read_table(folder/f'big.{ending}')
+    assert time.process_time() - start < 2 and (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)*1024 < 2**28
 
 
 # --- folders and single files ---------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from audiorepro.speech import PhonemeConfig, PhonemeEncoder
 from audiorepro.speech_files import vits_state
 from audiorepro.unet import UNet, UNetConfig
 from audiorepro.vae import VAE, VAEConfig
+from standins import random_parts
 
 PRECISIONS = ((torch.float64, 1e-9, 1e-9), (torch.float32, 1e-5, 1e-4))
 
@@ -517,7 +518,6 @@ def test_projection_and_loa_are_diffusers(dims, count):
 def test_many_texts_are_what_each_is_alone(kind):
     "Forty texts, sorted by length inside the encoders, against transformers one text at a time; the order is part of it"
     from audiorepro.clap_files import HFCLAP
-    from audiorepro.public import random_parts
     from audiorepro.t5 import T5, T5Config
     from audiorepro.t5_files import HFT5, encoder_state
     parts, words = random_parts('tiny'), 'a dog barks then rain falls while wind blows'.split()

@@ -177,6 +177,20 @@ def test_same_weights_other_heads(tmp_path):
     with torch.no_grad(): assert error(unet_outs('speech')[0](a), unet_outs('speech')[0](b)) > 1e-2
 
 
+NO_TENSOR_TELLS = dict(mid_block_scale_factor=2., time_embedding_act_fn='gelu', freq_shift=1, flip_sin_to_cos=False, norm_eps=.01)
+
+
+@pytest.mark.parametrize('setting', NO_TENSOR_TELLS)
+def test_a_unet_whose_settings_ask_for_another_computation_is_refused(setting, tmp_path):
+    "Control: diffusers itself answers otherwise with the same tensors"
+    net = dict(kind='speech', heads=1, channels=(32,)*4, norm_num_groups=8)  # one channel a group would not hear the time
+    plain, odd = randomise(unet_reference(**net)), unet_reference(**net, **{setting: NO_TENSOR_TELLS[setting]})
+    odd.load_state_dict(plain.state_dict())
+    theirs_out = unet_outs('speech')[1]
+    with torch.no_grad(): assert error(theirs_out(odd.eval()), theirs_out(plain)) > 1e-3
+    with pytest.raises(ValueError, match=setting): UNet.from_pretrained(folder_of(tmp_path/'unet', odd))
+
+
 def tango_reference():
     from diffusers import UNet2DConditionModel
     return randomise(UNet2DConditionModel(

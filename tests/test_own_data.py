@@ -122,6 +122,23 @@ def test_every_layout_gives_the_same_clips(layout, tmp_path):
     assert (report.rows, report.clips, report.captions) == (3, 3, Counter({1: 2, 2: 1})) and not report.skipped
 
 
+@pytest.mark.parametrize('layout', [as_folder, as_csv, as_tars], ids=lambda f: f.__name__)
+def test_what_a_mac_leaves_beside_each_file_is_passed_over(layout, tmp_path):
+    "`._a.wav` beside `a.wav`, in folders and, in front of each member, in tars"
+    noise = b'\0\5\x16\7' + bytes(60)
+    layout(tmp_path)
+    if layout is as_tars:
+        members = [(m, c) for n, i in zip(SAID, range(3)) for m, c in ((n, sound_bytes(i)), (n[0] + '.txt', '\n'.join(SAID[n]).encode()))]
+        (tmp_path/'s1.tar').unlink()
+        write_tar(tmp_path/'s0.tar', [pair for m, c in members for pair in (('._' + m, noise), (m, c))])
+        write_tar(tmp_path/'._s0.tar', [])
+    else:
+        for file in [*tmp_path.iterdir()]: (tmp_path/f'._{file.name}').write_bytes(noise)
+    report = take_inventory(tmp_path)
+    assert heard(report) == sorted((sound_bytes(i), tuple(sorted(t))) for i, t in enumerate(SAID.values()))
+    assert (report.rows, report.clips) == (3, 3) and not report.skipped
+
+
 def test_wide_offsets_of_arrow(tmp_path): assert len(heard(take_inventory(as_arrow(tmp_path, 'large_binary')))) == 3
 
 

@@ -5,17 +5,19 @@ changed must move the result by more than a hundred times as much, so that nothi
 import json, shutil
 
 import pytest
+import standins
 import torch
 
-from audiorepro import cli, public
+from audiorepro import cli
 from audiorepro.audioldm2 import AudioLDM2, encode_nothing, encode_prompts
 from audiorepro.pipeline import latent_shape
 from audiorepro.audio import load_audio
 from audiorepro.checkpoints import read_foreign
 from audiorepro.core import make_generator
-from audiorepro.public import find_pipeline, random_pipeline, read_schedule
+from audiorepro.public import find_pipeline, read_schedule
 from audiorepro.sampling import Condition, sample_ddim
 from layouts import below, error, laion, official_t_unet, official_vae, save_pth
+from standins import random_pipeline
 
 PROMPTS = ['a dog barks, then rain falls', 'wind', 'the old machine hums softly while a dog barks', 'a house']
 NEGATIVE = ['wind blows', 'a dog barks, then rain falls and wind blows', 'a', 'machine machine machine machine machine']
@@ -152,11 +154,11 @@ def test_ours_are_not_taken_for_published():
 def test_the_authors_file_is_a_whole_system(tmp_path, monkeypatch):
     "One `.pth` with every network under the released names equals the folder read with the authors' heads"
     import transformers
-    sizes = public._sizes((32, 32, 64, 64), [None, 64, 40], public._small_clap(16, 64),
+    sizes = standins.sizes((32, 32, 64, 64), [None, 64, 40], standins.small_clap(16, 64),
                           dict(vocab_size=200, d_model=40, d_kv=8, num_heads=4, d_ff=48, num_layers=2),
                           dict(vocab_size=11, n_embd=64, n_layer=2, n_head=1, n_positions=120),
                           dict(model_in_dim=64, upsample_initial_channel=1024), vae=(32, 32, 64), groups=32)
-    monkeypatch.setitem(public.SIZES, 'official', sizes)
+    monkeypatch.setitem(standins.SIZES, 'official', sizes)
     theirs = random_pipeline(tmp_path/'folder', 'official')
     state = lambda name: getattr(theirs, name).state_dict()
     p, ups = theirs.projection_model, {k.replace('upsampler.', 'ups.'): x for k, x in state('vocoder').items() if k not in ('mean', 'scale')}
