@@ -2,7 +2,7 @@
 
 Student cells and their checks start with `#| exercise`; ordinary test runs skip them, these tests force them.
 """
-import contextlib, importlib.util, io, json, re
+import contextlib, importlib.util, io, json, re, sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,12 @@ def test_there_are_exercises(): assert SOLUTIONS
 def test_stubs_are_in_step_with_the_solutions():
     late = lessons.exercises(check=True)
     assert not late, f'{late}: run `python tests/lessons.py exercises`'
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    if pyplot := sys.modules.get('matplotlib.pyplot'): pyplot.close('all')
 
 
 @by_name
@@ -74,6 +80,69 @@ OTHER_ANSWERS = [
     ('60_codec', 2, 'def frames(samples, cfg): return math.ceil(samples/cfg.hop_length)\ndef trim(wav, samples): return wav[:, :, :samples]', 'Round up'),
     ('60_codec', 3, 'def one_level(x, book):\n    k = (x[:, None] - book).square().sum(-1).argmin(1)\n    return k, x - book[k]\n'
                     'def quantise(x, books):\n    codes = torch.zeros(len(x), len(books), dtype=torch.int64)\n    for i, book in enumerate(books): codes[:, i], x = one_level(x, book)\n    return codes', '`x - book[k]`'),
+    ('20_layers', 1, "predicted = dict(plain=torch.tensor(7.), sharper='7.6', twice=7, masked=4., idle=6)", 'as 3 to 1'),
+    ('20_layers', 2, 'def sees(layers):\n    size, step = 1, 1\n    for k, s in layers[::-1]: size, step = (size - 1)*s + k, step*s\n'
+                 '    return [size, step]\nblocks = 8.', ''),
+    ('20_layers', 4, 'def likeness(distance, dim): return sum((distance*10_000**(-2*i/dim)).cos() for i in range(dim//2))', 'cos(distance * rate)'),
+    ('21_training', 1, 'predicted = dict(zip((0, 49, 99, 100, 500, 700, 900), torch.tensor([8e-6, 4e-4, 8e-4, 8e-4, 6e-4, 4e-4, 2e-4])))', '(1 + cos 60°)/2'),
+    ('21_training', 2, 'def stay_and_fall(step, peak, warmup, steps, fall):\n    if step < warmup: return peak*(step + 1)/warmup\n'
+                 '    if step < steps - fall: return peak\n    return peak*(steps - step)/fall', 'Three cases'),
+    ('21_training', 3, 'def shares(n, decay):\n    d = [ema_decay_at(i, decay) for i in range(1, n + 1)]\n'
+                 '    return torch.tensor([math.prod(d[k:])*(1 - d[k - 1] if k else 1) for k in range(n + 1)])', ''),
+    ('21_training', 4, 'def in_pieces(model, loss_fn, x, y, size):\n    for p in model.parameters(): p.grad = None\n    for i in range(0, len(x), size):\n'
+                 '        a, b = x[i:i + size], y[i:i + size]\n        (loss_fn(model(a), b)*(len(a)/len(x))).backward()', 'clear before the first'),
+    ('21_training', 5, 'def adamw(w, g, m, v, n, lr, betas, eps, decay):\n    m, v = torch.lerp(g, m, betas[0]), torch.lerp(g**2, v, betas[1])\n'
+                 '    w = w - lr*decay*w\n    return w - lr*m/(1 - betas[0]**n)/((v/(1 - betas[1]**n))**.5 + eps), m, v', 'w (1 - lr decay)'),
+    ('23_metrics', 1, 'predicted = dict(one=25., two=25, louder=np.float32(2500), swapped=8, turned=8.)', 'Independent features add up'),
+    ('23_metrics', 2, 'predicted = dict(pair=2., torn=np.exp(np.log(2)), unsure=np.exp(.5*np.log(2) + .5*np.log(2/3)), alone=1.)', '1/2 ln 2 + 1/2 ln(2/3)'),
+    ('23_metrics', 3, 'def twins(n, seed):\n    rng = np.random.default_rng(seed)\n    x, y = rng.normal(size=(2, n, 2)) @ [[1, .95], [0, .1**.5]]\n'
+                 '    y[:, 1] *= -1\n    return (x/x.std(0)).tolist(), (y/y.std(0)).tolist()', ''),
+    ('23_metrics', 3, 'def twins(n, seed):\n    x = np.random.default_rng(seed).uniform(-3**.5, 3**.5, n)\n'
+                 '    return np.stack([x, x], 1), np.stack([x, np.roll(x, 1)], 1)', ''),
+    ('23_metrics', 4, 'def seeds_needed(spread, half, level=.95): return min(S for S in range(2, 999) if stats.t.ppf(.5 + level/2, S - 1)*spread <= half*S**.5)', 'count upwards'),
+    ('23_metrics', 5, 'def disguise(real, seed):\n    x = np.random.default_rng(seed).normal(size=real.shape)**7\n    def root(c, power):\n'
+                 '        values, vectors = np.linalg.eigh(np.cov(c.T))\n        return vectors*values**power @ vectors.T\n'
+                 '    return (x - x.mean(0)) @ root(x, -.5) @ root(real, .5) + real.mean(0)', ''),
+    ('30_vae', 1, 'predicted = dict(shifted=9/2, narrow=torch.tensor(2.5), both=7., halved=2.5 + math.log(2), asleep=0., numbers=32768.)', 'mean² + deviation² - 1'),
+    ('30_vae', 2, 'def kl(mean_q, logvar_q, mean_p, logvar_p):\n    a, b = (mean_q - mean_p)/(logvar_p/2).exp(), logvar_q - logvar_p\n'
+                 '    return (a**2 + b.exp() - 1 - b)/2', "p's ruler"),
+    ('30_vae', 3, 'def draw(mean, logvar, eps): return mean + logvar.exp().sqrt()*eps', ''),
+    ('30_vae', 4, 'def bill(posterior):\n'
+                 '    rows = [Posterior(m[:, None], v[:, None]).kl().mean() for m, v in zip(posterior.mean.unbind(1), posterior.logvar.unbind(1))]\n'
+                 '    return torch.stack(rows)', ''),
+    ('30_vae', 5, 'def between(a, b, share):\n    omega = torch.acos(((a/a.norm())*(b/b.norm())).sum().clamp(-1, 1))\n'
+                 '    if omega.sin() < 1e-6: return a + share*(b - a)\n'
+                 '    return (torch.sin((1 - share)*omega)*a + torch.sin(share*omega)*b)/omega.sin()', '`torch.acos`'),
+    ('31_gan', 1, 'predicted = dict(critic=torch.tensor(.70833), generator=1/6, resting=2., pull=-.25, shifted=-5/6)', '(0 + 1 + 2.5)/3'),
+    ('31_gan', 2, 'def best_guess(values, power):\n    ordered = sorted(values.tolist())\n'
+                 '    return ordered[len(ordered)//2] if power == 1 else sum(ordered)/len(ordered)', ''),
+    ('31_gan', 3, 'def verdicts(frames, bands, num_layers):\n    sizes = [frames, bands]\n'
+                 '    for stride in [2]*num_layers + [1, 1]: sizes = [(n + 2 - 4)//stride + 1 for n in sizes]\n    return math.prod(sizes)', '(n + 2*padding - kernel)//stride + 1'),
+    ('31_gan', 4, 'def play_game(g, d, lr, steps, alternate):\n    path = [(g, d)]\n    for _ in range(steps):\n'
+                 '        if alternate: d = d + lr*g; g = g - lr*d\n        else: g, d = g - lr*d, d + lr*g\n        path.append([g, d])\n'
+                 '    return path', '`g, d = g - lr*d, d + lr*g`'),
+    ('31_gan', 5, 'def roughen(copy, wanted, generator):\n    noise = torch.randn(copy.shape, generator=generator)\n'
+                 '    return min((copy + s*noise for s in torch.arange(0, 2, .002)), key=lambda x: abs(grain(x).mean() - wanted))', ''),
+    ('22_judge', 1, 'predicted = dict(both=2/(16*15), three=6/(16*15*14), coin=2**-16, order=torch.tensor(.5), majority=.5, five=1/32)', '16*15/2'),
+    ('22_judge', 2, 'def wilson(right, count, z=1.96):\n    a, b, c = 1 + z*z/count, -(2*right/count + z*z/count), (right/count)**2\n'
+                 '    root = max(0, b*b - 4*a*c)**.5\n    return [(-b - root)/(2*a), (-b + root)/(2*a)]', '(1 + z²/n) p²'),
+    ('22_judge', 3, "def ways(saying, cells):\n    def read(path): return ''.join(b for a, b in zip(('.', *path), path) if a != b).replace('.', '')\n"
+                 "    return len([p for p in itertools.product('.' + ''.join(set(saying)), repeat=cells) if read(p) == saying])", 'keep a symbol where it differs'),
+    ('22_judge', 4, 'def fool():\n    wav = np.zeros(CLIP_SAMPLES)\n    wav[1000::5120] = -.1\n    return wav', 'A clock'),
+    ('32_vocoder', 1, 'predicted = dict(equal=.5, mostly_real=torch.tensor(.75), only_real=1., one=.5, four=2., generator=.25)', 's = a/(a + b)'),
+    ('32_vocoder', 2, 'def lengths(frames, cfg):\n    out = [frames]\n'
+                 '    for r, k in zip(cfg.upsample_rates, cfg.upsample_kernels): out.append(out[-1]*r + (k - r) % 2)\n    return tuple(out[1:])', ''),
+    ('32_vocoder', 3, 'def worst_delay(freq, sample_rate): return torch.tensor(sample_rate/(2*freq)).round()', 'Half a period'),
+    ('32_vocoder', 4, 'def fold(wav, period): return wav.unfold(0, period, period)\ndef period_of(wav, candidates):\n    rows = sorted(candidates)\n'
+                 '    still = torch.stack([fold(wav, p).var(0).mean() for p in rows])\n'
+                 '    return torch.tensor(rows)[still <= still.min() + .01*wav.var()][0]', ''),
+    ('32_vocoder', 5, 'def frames_behind(sample, frames, cfg):\n    low, high = sample - 3, sample + 3\n'
+                 '    for rate, kernel in list(zip(cfg.upsample_rates, cfg.upsample_kernels))[::-1]:\n'
+                 '        wide = max(sum((k - 1)*(d + 1)//2 for d in ds) for k, ds in zip(cfg.resblock_kernels, cfg.resblock_dilations))\n'
+                 '        p = (kernel - rate)//2\n'
+                 '        low, high = math.ceil((low - wide + p - kernel + 1)/rate), math.floor((high + wide + p)/rate)\n'
+                 '    return [max(low - 3, 0), min(high + 3, frames - 1)]', ''),
+    # OTHER
     ('50_t5', 2, 'def confused(distance, buckets=32, max_distance=128):\n    row = relative_buckets(1, 201, buckets=buckets, max_distance=max_distance).flatten().tolist()\n'
                  '    return [d for d in range(201) if row[d] == row[distance]]', ''),
     ('40_diffusion', 1, 'predicted = dict(equal=torch.tensor(1/2), minus_20=.0099, half=-4.77)', 'Half the amplitude is a quarter of the variance'),
@@ -201,6 +270,146 @@ WRONG_ANSWERS = [
                      '    near = (q @ rel.T).gather(1, (offset + window).clamp(0, 2*window))*(offset.abs() <= window)\n    return (q @ k.T + near)/q.shape[1]**.5'),  # query minus key
     ('55_speech', 4, 'def scores(q, k, rel, window):\n    places = torch.arange(len(q))\n    offset = places[None] - places[:, None]\n'
                      '    return (q @ k.T + (q @ rel.T).gather(1, (offset + window).clamp(0, 2*window)))/q.shape[1]**.5'),  # the last vector serves all farther ones
+    ('20_layers', 1, 'predicted = dict(plain=7.6, sharper=(81*8 + 4)/82, twice=7.6, masked=4, idle=6)'),
+    ('20_layers', 1, 'predicted = dict(plain=7, sharper=7.6, twice=7, masked=4, idle=0)'),
+    ('20_layers', 2, 'def sees(layers): return 1 + sum(k - 1 for k, s in layers), 1\nblocks = 8'),
+    ('20_layers', 2, 'def sees(layers):\n    size, step = 1, 1\n    for k, s in layers: step *= s; size += (k - 1)*step\n    return size, step\nblocks = 8'),
+    ('20_layers', 2, 'def sees(layers):\n    size, step = 1, 1\n    for k, s in layers: size, step = size + (k - 1)*step, step*s\n    return size, step\n'
+                 'blocks = 16'),
+    ('20_layers', 3, 'split, merge = almost_split, almost_merge'),
+    ('20_layers', 3, 'def split(x, heads): return x.unflatten(-1, (-1, heads)).permute(0, 3, 1, 2)\ndef merge(h): return h.permute(0, 2, 3, 1).flatten(2)'),
+    ('20_layers', 4, 'def likeness(distance, dim): return (distance[:, None]*10_000.**(-torch.arange(dim//2)/dim)).cos().sum(-1)'),
+    ('20_layers', 5, 'def streamed(q, pieces):\n    total, below = 0., 0.\n    for k, v in pieces:\n'
+                 '        w = (q*q.shape[-1]**-.5 @ k.transpose(-1, -2)).exp()\n'
+                 '        total, below = total + w @ v, below + w.sum(-1, keepdim=True)\n    return total/below'),
+    ('20_layers', 5, 'def streamed(q, pieces):\n    total, below = 0., 0.\n    for k, v in pieces:\n        s = q*q.shape[-1]**-.5 @ k.transpose(-1, -2)\n'
+                 '        w = (s - s.amax(-1, keepdim=True)).exp()\n        total, below = total + w @ v, below + w.sum(-1, keepdim=True)\n'
+                 '    return total/below'),
+    ('20_layers', 5, 'def streamed(q, pieces):\n    largest, total, below = torch.zeros_like(q[..., :1]), 0., 0.\n    for k, v in pieces:\n'
+                 '        s = q*q.shape[-1]**-.5 @ k.transpose(-1, -2)\n        top = torch.maximum(largest, s.amax(-1, keepdim=True))\n'
+                 '        old, new = (largest - top).exp(), (s - top).exp()\n'
+                 '        total, below, largest = total*old + new @ v, below*old + new.sum(-1, keepdim=True), top\n    return total/below'),
+    ('21_training', 1, 'predicted = {0: 0., 49: 4e-4, 99: 8e-4, 100: 8e-4, 500: 6e-4, 700: 4e-4, 900: 2e-4}'),
+    ('21_training', 1, 'predicted = {0: 8e-6, 49: 4e-4, 99: 8e-4, 100: 8e-4, 500: 8e-4*2/3, 700: 4e-4, 900: 8e-4/3}'),
+    ('21_training', 2, 'def stay_and_fall(step, peak, warmup, steps, fall): return peak*min(step/max(1, warmup), 1., (steps - step)/fall)'),
+    ('21_training', 2, 'def stay_and_fall(step, peak, warmup, steps, fall): return peak*min((step + 1)/max(1, warmup), 1., (steps - 1 - step)/fall)'),
+    ('21_training', 3, 'def shares(n, decay): return [decay**n] + [(1 - decay)*decay**(n - i) for i in range(1, n + 1)]'),
+    ('21_training', 3, 'def shares(n, decay):\n    found = [1.]\n'
+                 '    for i in range(1, n + 1): d = ema_decay_at(i, decay); found = [1 - d] + [s*d for s in found]\n    return found'),
+    ('21_training', 4, 'def in_pieces(model, loss_fn, x, y, size):\n    model.zero_grad()\n    n = len(x.split(size))\n'
+                 '    for a, b in zip(x.split(size), y.split(size)): (loss_fn(model(a), b)/n).backward()'),
+    ('21_training', 4, 'def in_pieces(model, loss_fn, x, y, size):\n'
+                 '    for a, b in zip(x.split(size), y.split(size)): (loss_fn(model(a), b)*len(a)/len(x)).backward()'),
+    ('21_training', 4, 'def in_pieces(model, loss_fn, x, y, size): model.zero_grad(); loss_fn(model(x), y).backward()'),
+    ('21_training', 5, 'def adamw(w, g, m, v, n, lr, betas, eps, decay):\n    m, v = betas[0]*m + (1 - betas[0])*g, betas[1]*v + (1 - betas[1])*g*g\n'
+                 '    return w*(1 - lr*decay) - lr*m/(v.sqrt() + eps), m, v'),
+    ('21_training', 5, 'def adamw(w, g, m, v, n, lr, betas, eps, decay):\n    g = g + decay*w\n'
+                 '    m, v = betas[0]*m + (1 - betas[0])*g, betas[1]*v + (1 - betas[1])*g*g\n'
+                 '    return w - lr*m/(1 - betas[0]**n)/((v/(1 - betas[1]**n)).sqrt() + eps), m, v'),
+    ('21_training', 5, 'def adamw(w, g, m, v, n, lr, betas, eps, decay):\n'
+                 '    m, v = (betas[0]*m + (1 - betas[0])*g)/(1 - betas[0]**n), (betas[1]*v + (1 - betas[1])*g*g)/(1 - betas[1]**n)\n'
+                 '    return w*(1 - lr*decay) - lr*m/(v.sqrt() + eps), m, v'),
+    ('23_metrics', 1, 'predicted = dict(one=3**2 + (36 - 4)**2, two=25, louder=2500, swapped=8, turned=8)'),
+    ('23_metrics', 1, 'predicted = dict(one=25, two=25, louder=250, swapped=8, turned=8)'),
+    ('23_metrics', 1, 'predicted = dict(one=5, two=5, louder=50, swapped=8**.5, turned=8**.5)'),
+    ('23_metrics', 2, 'predicted = dict(pair=2, torn=4, unsure=math.sqrt(4/3), alone=1)'),
+    ('23_metrics', 2, 'predicted = dict(pair=2, torn=2, unsure=math.log(4/3)/2, alone=1)'),
+    ('23_metrics', 2, 'predicted = dict(pair=2, torn=2, unsure=math.sqrt(4/3), alone=2)'),
+    ('23_metrics', 3, 'def twins(n, seed):\n    rng = np.random.default_rng(seed)\n    return rng.normal(size=(n, 2)), rng.normal(size=(n, 2))'),
+    ('23_metrics', 3, 'def twins(n, seed):\n    x = np.random.default_rng(seed).normal(size=(n, 2))\n    return x, x + 1'),
+    ('23_metrics', 3, 'def twins(n, seed):\n    x = np.random.default_rng(0).normal(size=n)\n    return np.stack([x, x], 1), np.stack([x, -x], 1)'),
+    ('23_metrics', 4, 'def seeds_needed(spread, half, level=.95): return max(2, math.ceil((stats.norm.ppf((1 + level)/2)*spread/half)**2))'),
+    ('23_metrics', 4, 'def seeds_needed(spread, half, level=.95):\n    S = 2\n    while stats.t.ppf(level, S - 1)*spread/math.sqrt(S) > half: S += 1\n'
+                 '    return S'),
+    ('23_metrics', 4, 'def seeds_needed(spread, half, level=.95):\n    S = 2\n    while stats.t.ppf((1 + level)/2, S)*spread/math.sqrt(S) > half: S += 1\n'
+                 '    return S'),
+    ('23_metrics', 5, 'def disguise(real, seed): return np.random.default_rng(seed).permutation(real)'),
+    ('23_metrics', 5, 'def disguise(real, seed):\n    rng = np.random.default_rng(seed)\n'
+                 '    x = rng.normal(size=real.shape)*(rng.random((len(real), 1)) < .1)*10**.5\n    return x*real.std(0) + real.mean(0)'),
+    ('23_metrics', 5, 'def disguise(real, seed):\n    x = np.random.default_rng(seed).normal(size=real.shape)\n'
+                 '    root = lambda cloud: np.linalg.cholesky(np.cov(cloud, rowvar=False))\n'
+                 '    return (x - x.mean(0)) @ np.linalg.inv(root(x)).T @ root(real).T + real.mean(0)'),
+    ('30_vae', 1, 'predicted = dict(shifted=9, narrow=5, both=14, halved=5.69, asleep=0, numbers=8*256*16)'),
+    ('30_vae', 1, 'predicted = dict(shifted=4.5, narrow=2.5, both=7, halved=3.19, asleep=1000, numbers=8*256*16)'),
+    ('30_vae', 1, 'predicted = dict(shifted=4.5, narrow=2.5, both=7, halved=3.19, asleep=0, numbers=8*1024*64//4)'),
+    ('30_vae', 2, 'def kl(mean_q, logvar_q, mean_p, logvar_p): return .5*((mean_q - mean_p)**2 + (logvar_q - logvar_p).exp() - 1 - logvar_q + logvar_p)'),
+    ('30_vae', 2, 'def kl(mean_q, logvar_q, mean_p, logvar_p): return .5*((mean_q - mean_p)**2*(-logvar_q).exp() + (logvar_p - logvar_q).exp() - 1 - logvar_p + logvar_q)'),
+    ('30_vae', 2, 'def kl(mean_q, logvar_q, mean_p, logvar_p): return .5*(mean_q**2 + logvar_q.exp() - 1 - logvar_q)'),
+    ('30_vae', 3, 'draw = almost_draw'),
+    ('30_vae', 3, 'def draw(mean, logvar, eps): return mean + (logvar/2).exp().detach()*eps'),
+    ('30_vae', 3, 'def draw(mean, logvar, eps): return mean + logvar.exp()*eps'),
+    ('30_vae', 4, 'def bill(posterior): return .5*(posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).mean((0, 2, 3))'),
+    ('30_vae', 4, 'def bill(posterior): return .5*(posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar).sum((0, 2, 3))'),
+    ('30_vae', 5, 'def between(a, b, share): return (1 - share)*a + share*b'),
+    ('30_vae', 5, 'def between(a, b, share): return (1 - share)**.5*a + share**.5*b'),
+    ('30_vae', 5, 'def between(a, b, share):\n    angle = torch.acos((a*b).sum()/(a.norm()*b.norm()))\n'
+                 '    return ((1 - share)*angle).sin()/angle.sin()*a + (share*angle).sin()/angle.sin()*b'),
+    ('31_gan', 1, 'predicted = dict(critic=.5/2 + 3.5/3, generator=.5/3, resting=2, pull=-1/2, shifted=.5/3 - 1)'),
+    ('31_gan', 1, 'predicted = dict(critic=.70833, generator=-.5/3, resting=2, pull=-.25, shifted=-.5/3 - 1)'),
+    ('31_gan', 1, 'predicted = dict(critic=.70833, generator=.5/3, resting=0, pull=-.25, shifted=.5/3 - 1)'),
+    ('31_gan', 2, 'def best_guess(values, power): return values.mean()'),
+    ('31_gan', 2, 'def best_guess(values, power): return values.median()'),
+    ('31_gan', 2, 'def best_guess(values, power): return (values.min() + values.max())/2'),
+    ('31_gan', 3, 'def verdicts(frames, bands, num_layers): return (frames >> num_layers)*(bands >> num_layers)'),
+    ('31_gan', 3, 'def verdicts(frames, bands, num_layers): return (math.ceil(frames/2**num_layers) - 2)*(math.ceil(bands/2**num_layers) - 2)'),
+    ('31_gan', 4, 'def play_game(g, d, lr, steps, alternate):\n    path = [(g, d)]\n'
+                 '    for _ in range(steps): g, d = g - lr*d, d + lr*g; path.append((g, d))\n    return path'),
+    ('31_gan', 4, 'def play_game(g, d, lr, steps, alternate):\n    path = [(g, d)]\n'
+                 '    for _ in range(steps): d = d + lr*g; g = g - lr*d; path.append((g, d))\n    return path'),
+    ('31_gan', 4, 'def play_game(g, d, lr, steps, alternate):\n    path = [(g, d)]\n    for _ in range(steps):\n'
+                 '        if alternate: g = g - lr*d; d = d + lr*g\n        else: g, d = g - lr*d, d + lr*g\n        path.append((g, d))\n'
+                 '    return path'),
+    ('31_gan', 5, 'def roughen(copy, wanted, generator): return copy + wanted*torch.randn(copy.shape, generator=generator)'),
+    ('31_gan', 5, 'def roughen(copy, wanted, generator): return copy*wanted/grain(copy).mean().clamp(min=1e-6)'),
+    ('31_gan', 5, 'def roughen(copy, wanted, generator):\n    noise = torch.sign(torch.randn(copy.shape, generator=generator))\n'
+                 '    return copy + wanted/grain(noise).mean()*noise'),
+    ('22_judge', 1, 'predicted = dict(both=1/240, three=1/3360, coin=.5**16, order=.5, majority=.5, five=.5**5)'),
+    ('22_judge', 1, 'predicted = dict(both=1/120, three=1/560, coin=.5**2, order=.5, majority=.5, five=.5**5)'),
+    ('22_judge', 1, 'predicted = dict(both=1/120, three=1/560, coin=.5**16, order=.5, majority=1/3, five=.5**5)'),
+    ('22_judge', 2, 'def wilson(right, count, z=1.96):\n    share = right/count\n    half = z*math.sqrt(share*(1 - share)/count)\n'
+                 '    return share - half, share + half'),
+    ('22_judge', 2, 'def wilson(right, count, z=1.96):\n    share = (right + z*z/2)/(count + z*z)\n'
+                 '    half = z*math.sqrt(share*(1 - share)/(count + z*z))\n    return max(0, share - half), min(1, share + half)'),
+    ('22_judge', 2, 'def wilson(right, count, z=1.96):\n    share, extra = right/count, z*z/count\n'
+                 '    half = z*math.sqrt(share*(1 - share)/count + extra/4)\n'
+                 '    return (share + extra/2 - half)/(1 + extra), (share + extra/2 + half)/(1 + extra)'),
+    ('22_judge', 3, 'def ways(saying, cells): return math.comb(cells, len(saying))'),
+    ('22_judge', 3, "def ways(saying, cells):\n    def read(path): return ''.join(s for s, _ in itertools.groupby(s for s in path if s != '.'))\n"
+                 "    return sum(read(p) == saying for p in itertools.product('.' + ''.join(set(saying)), repeat=cells))"),
+    ('22_judge', 3, 'def ways(saying, cells):\n'
+                 "    return sum(''.join(p).replace('.', '') == saying for p in itertools.product('.' + ''.join(set(saying)), repeat=cells))"),
+    ('22_judge', 4, 'def fool(): return torch.zeros(CLIP_SAMPLES)'),
+    ('22_judge', 4, 'def fool():\n    wav = torch.zeros(CLIP_SAMPLES)\n    wav[20_000] = 1.\n    return wav'),
+    ('22_judge', 4, 'def fool(): return .1*torch.randn(CLIP_SAMPLES, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)'),
+    ('32_vocoder', 1, 'predicted = dict(equal=.5, mostly_real=.25, only_real=1, one=.5, four=2, generator=.25)'),
+    ('32_vocoder', 1, 'predicted = dict(equal=.5, mostly_real=.75, only_real=1, one=.25, four=1, generator=.25)'),
+    ('32_vocoder', 2, 'def lengths(frames, cfg):\n    out = [frames]\n    for r in cfg.upsample_rates: out.append(out[-1]*r)\n    return out[1:]'),
+    ('32_vocoder', 2, 'def lengths(frames, cfg):\n    out = [frames]\n'
+                 '    for r, k in zip(cfg.upsample_rates, cfg.upsample_kernels): out.append((out[-1] - 1)*r + k - (k - r)//2)\n    return out[1:]'),
+    ('32_vocoder', 3, 'def worst_delay(freq, sample_rate): return round(sample_rate/freq)'),
+    ('32_vocoder', 3, 'def worst_delay(freq, sample_rate): return round(sample_rate/freq/4)'),
+    ('32_vocoder', 3, 'def worst_delay(freq, sample_rate): return int(sample_rate/freq/2)'),
+    ('32_vocoder', 4, 'def fold(wav, period): return wav[:len(wav)//period*period].reshape(period, -1).T\n'
+                 'def period_of(wav, candidates): return min(candidates, key=lambda p: fold(wav, p).var(0).mean())'),
+    ('32_vocoder', 4, 'def fold(wav, period): return wav[:len(wav)//period*period].reshape(-1, period)\n'
+                 'def period_of(wav, candidates): return min(candidates, key=lambda p: fold(wav, p).var(0, correction=0).mean())'),
+    ('32_vocoder', 4, 'def fold(wav, period): return wav[:len(wav)//period*period].reshape(-1, period)\n'
+                 'def period_of(wav, candidates): return min(candidates, key=lambda p: fold(wav, p).var(1).mean())'),
+    ('32_vocoder', 5, 'def frames_behind(sample, frames, cfg):\n    t = sample//cfg.hop_length\n    return max(0, t - 3), min(frames - 1, t + 3)'),
+    ('32_vocoder', 5, 'def frames_behind(sample, frames, cfg):\n'
+                 '    wide = sum((k - 1)//2*sum(d + 1 for d in ds) for k, ds in zip(cfg.resblock_kernels, cfg.resblock_dilations))\n'
+                 '    low, high = sample - 3, sample + 3\n    for rate, kernel in reversed(list(zip(cfg.upsample_rates, cfg.upsample_kernels))):\n'
+                 '        p = (kernel - rate)//2\n        low, high = -(-(low - wide + p - kernel + 1)//rate), (high + wide + p)//rate\n'
+                 '    return max(0, low - 3), min(frames - 1, high + 3)'),
+    ('32_vocoder', 5, 'def frames_behind(sample, frames, cfg):\n'
+                 '    wide = max((k - 1)//2*sum(ds) for k, ds in zip(cfg.resblock_kernels, cfg.resblock_dilations))\n'
+                 '    low, high = sample - 3, sample + 3\n    for rate, kernel in reversed(list(zip(cfg.upsample_rates, cfg.upsample_kernels))):\n'
+                 '        p = (kernel - rate)//2\n        low, high = -(-(low - wide + p - kernel + 1)//rate), (high + wide + p)//rate\n'
+                 '    return max(0, low - 3), min(frames - 1, high + 3)'),
+    ('32_vocoder', 5, 'def frames_behind(sample, frames, cfg):\n'
+                 '    wide = max((k - 1)//2*sum(d + 1 for d in ds) for k, ds in zip(cfg.resblock_kernels, cfg.resblock_dilations))\n'
+                 '    low, high = sample - 3, sample + 3\n    for rate, kernel in reversed(list(zip(cfg.upsample_rates, cfg.upsample_kernels))):\n'
+                 '        low, high = (low - wide)//rate, (high + wide)//rate\n    return max(0, low - 3), min(frames - 1, high + 3)'),
 ]
 
 
