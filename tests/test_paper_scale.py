@@ -8,7 +8,7 @@ import ast, importlib, json, re
 from dataclasses import replace
 from pathlib import Path
 
-import pytest, torch
+import numpy as np, pytest, torch
 
 from audiorepro import audioldm2, audiomae, clap, clap_files, codec, codec_training, gpt2, ldm, loa, t5, t5_files, tango, text, tokenlm, training, unet, vae, vocoder
 from audiorepro.audio import save_audio
@@ -163,3 +163,29 @@ def test_cell_trains(stem, i, source, small_world, monkeypatch, capsys):
     exec(compile(source, f'{stem} cell {i}', 'exec'), names)
     if 'DataLoader(' in source: assert "'mel': (4, " in capsys.readouterr().out
     else: assert losses and all(abs(x) < 1e4 for x in losses), losses
+
+
+def test_esc50_cell(small_world, monkeypatch, capsys):
+    "Fig. 3 on a made ESC-50: the published folder layout, ten classes in five folds, published names for tiny networks"
+    from audiorepro.audio import resample
+    from audiorepro.corpora import ESC50_FIGURE3
+    from audiorepro.sounds import EVENTS, SAMPLE_RATE, render_event
+    i, source = next((i, s) for stem, i, s in gated_cells('slow') if stem == '35_latent_space')
+    names = stand_in(lesson_names('35_latent_space', i))
+    exec(compile(source, 'without the folder', 'exec'), names)
+    assert 'is not there' in capsys.readouterr().out and 'found' not in names
+    root, lines = small_world/'data/ESC-50-master', ['filename,fold,target,category,esc10,src_file,take']
+    for k, (category, event) in enumerate(zip(ESC50_FIGURE3, EVENTS)):
+        for fold in range(1, 6):
+            file, wav = f'{fold}-{k}-A-{k}.wav', render_event(event, duration=1., rng=np.random.default_rng([k, fold]))
+            wav = torch.from_numpy(wav/abs(wav).max()).float()[None]
+            save_audio(root/'audio'/file, .5*resample(wav, SAMPLE_RATE, 44_100), 44_100)
+            lines.append(f'{file},{fold},{k},{category},False,{k},A')
+    (root/'meta').mkdir()
+    (root/'meta/esc50.csv').write_text('\n'.join(lines) + '\n')
+    exec(compile(source, '35_latent_space', 'exec'), names)
+    found, kept = names['found'], json.loads((small_world/'out/figures/35_latent_space_esc50.json').read_text())
+    assert len(found) == 5*4 and kept['clips'] == 50 and len(kept['rows']) == 20
+    assert all(len(r['hits']) == len(r['silhouette']) == 50 for r in found.values())
+    assert found['log-mel', 'mean over time']['hits'].mean() > .3  # chance .1: classes, folds and clips belong together
+    assert (small_world/'out/figures/35_latent_space_esc50.png').exists()
