@@ -693,6 +693,6 @@ def toy_recipe(
         torch.random.default_generator.manual_seed(seed)
         model = TokenLM(TokenLMConfig.toy())
     check_codes(tensors['codes'], model.cfg)
-    config = TrainConfig(dict(short=800, full=3000)[budget], lr=2e-3, betas=(.9, .95), weight_decay=.1,
+    config = TrainConfig(dict(short=800, full=2400)[budget], lr=2e-3, betas=(.9, .95), weight_decay=.1,
                          warmup_steps=100, schedule='cosine', ema_decay=.99, bf16=True, seed=seed)
     return Recipe('tokenlm', model, lm_loss, tensor_batches(tensors, 16, seed), config)
