@@ -11,7 +11,7 @@ import argparse, importlib, inspect, os, platform, re, shutil, subprocess, sys, 
 import time, typing
 from pathlib import Path
 
-from .guard import as_device, check_target
+from .guard import as_device, check_number, check_target
 
 # %% ../nbs/93_cli.ipynb #da6b1415
 _ENDINGS = ('.wav', '.flac', '.ogg', '.mp3')  # what `save_audio` writes
@@ -86,32 +86,32 @@ def _play(path):
 
 # %% ../nbs/93_cli.ipynb #2fc1eae3
 def say(
-    prompt:str|list=(), # what to hear; several prompts make several files
-    out:str='out/say.wav', # audio file (.wav, .flac, .ogg, .mp3); several become say_1.wav, say_2.wav, ...
+    prompt:str|list=(), # what to hear, in quotes; several prompts make several files
+    out:str='out/say.wav', # sound file to write (.wav, .flac, .ogg, .mp3); several become say_1.wav, say_2.wav, ...
     model:str='toy', # 'toy', 'toy-tango', 'toy-lm', the same with 'mine', a folder, or a published one's folder or hub id
-    seed:int=0, # start of the random numbers; same seed, same bytes
+    seed:int=0, # start of the random numbers; same seed, machine and number of threads: same bytes
     guidance_scale:float|None=None, # how closely to follow the prompt; 1 is no guidance; by default 3.5 or 3
     steps:int|None=None, # DDIM steps, by default 50; more take longer; not for -lm
     seconds:float|None=None, # length of each sound, s; by default that of the training clips
-    negative_prompt:str|None=None, # what to move away from; not for -lm
+    negative_prompt:str|None=None, # text to move away from; not for -lm
     candidates:int|None=None, # sounds to make; the one that CLAP likes best is kept; AudioLDM 2 alone
     device:str='cpu', # where to work: 'cpu', 'cuda', 'cuda:1', 'mps', 'auto'
-    dtype:str='float32', # of the weights: 'float32', 'bfloat16'
-    file:str|None=None, # text file with one prompt per line
-    play:bool=False, # play what was written
+    dtype:str='float32', # precision of the weights: 'float32', 'bfloat16'
+    file:str|None=None, # text file with one prompt per line, heard after those of the command line
+    play:bool=False, # play the files once they are written
 )->list: # the written files
     """Turn prompts into sound files
 
     Parameters
     ----------
     prompt : str|list, default=()
-        what to hear; several prompts make several files
+        what to hear, in quotes; several prompts make several files
     out : str, default='out/say.wav'
-        audio file (.wav, .flac, .ogg, .mp3); several become say_1.wav, say_2.wav, ...
+        sound file to write (.wav, .flac, .ogg, .mp3); several become say_1.wav, say_2.wav, ...
     model : str, default='toy'
         'toy', 'toy-tango', 'toy-lm', the same with 'mine', a folder, or a published one's folder or hub id
     seed : int, default=0
-        start of the random numbers; same seed, same bytes
+        start of the random numbers; same seed, machine and number of threads: same bytes
     guidance_scale : float|None, default=None
         how closely to follow the prompt; 1 is no guidance; by default 3.5 or 3
     steps : int|None, default=None
@@ -119,17 +119,17 @@ def say(
     seconds : float|None, default=None
         length of each sound, s; by default that of the training clips
     negative_prompt : str|None, default=None
-        what to move away from; not for -lm
+        text to move away from; not for -lm
     candidates : int|None, default=None
         sounds to make; the one that CLAP likes best is kept; AudioLDM 2 alone
     device : str, default='cpu'
         where to work: 'cpu', 'cuda', 'cuda:1', 'mps', 'auto'
     dtype : str, default='float32'
-        of the weights: 'float32', 'bfloat16'
+        precision of the weights: 'float32', 'bfloat16'
     file : str|None, default=None
-        text file with one prompt per line
+        text file with one prompt per line, heard after those of the command line
     play : bool, default=False
-        play what was written
+        play the files once they are written
 
     Returns
     -------
@@ -159,9 +159,9 @@ def say(
 # %% ../nbs/93_cli.ipynb #db46f947
 def reconstruct(
     source:str, # any WAV, FLAC, OGG or MP3 file
-    out:str='out/reconstruct.wav', # audio file
+    out:str='out/reconstruct.wav', # sound file to write (.wav, .flac, .ogg, .mp3)
     model:str='toy', # whose VAE: 'toy', 'mine' or a folder
-    max_seconds:float=10.24, # longer files are cut, s
+    max_seconds:float=10.24, # seconds to read from the start; what follows is left out
 )->Path: # the written file
     """Send a recording through mel -> VAE -> mel -> waveform
 
@@ -170,11 +170,11 @@ def reconstruct(
     source : str
         any WAV, FLAC, OGG or MP3 file
     out : str, default='out/reconstruct.wav'
-        audio file
+        sound file to write (.wav, .flac, .ogg, .mp3)
     model : str, default='toy'
         whose VAE: 'toy', 'mine' or a folder
     max_seconds : float, default=10.24
-        longer files are cut, s
+        seconds to read from the start; what follows is left out
 
     Returns
     -------
@@ -187,9 +187,10 @@ def reconstruct(
     from audiorepro.vae import VAE
     check_target(out, _ENDINGS)
     cfg, vae = MelConfig.toy(), VAE.from_pretrained(f'{model}/vae')
-    wav, rate = load_audio(source, sample_rate=cfg.sample_rate)
-    if wav.shape[-1] > max_seconds*rate:
-        print(f"{source} is {wav.shape[-1]/rate:.2f} s long: cut to {max_seconds:g} s")
+    check_number('max_seconds', max_seconds, .01, 600)
+    wav, rate = load_audio(source, cfg.sample_rate, max_seconds + 1/cfg.sample_rate)
+    if wav.shape[-1] > int(max_seconds*rate):
+        print(f"{source} is longer: cut to {max_seconds:g} s")
         wav = wav[:, :int(max_seconds*rate)]
     samples, block = wav.shape[-1], 4*cfg.hop_length
     padded = torch.nn.functional.pad(wav, (0, max(-samples % block, cfg.n_fft - samples)))
@@ -201,17 +202,17 @@ def reconstruct(
 
 # %% ../nbs/93_cli.ipynb #092fac7d
 def convert(
-    source:str, # a .pth, .pt, .ckpt or .bin file, or a folder with some
-    target:str, # new folder
+    source:str, # pickled weights (.pth, .pt, .ckpt, .bin), or a folder with some; its other files are copied
+    target:str, # folder to write; must not exist yet
 )->Path: # the folder
     """Write pickled weights once more as safetensors: same names, same numbers, nothing in them can run
 
     Parameters
     ----------
     source : str
-        a .pth, .pt, .ckpt or .bin file, or a folder with some
+        pickled weights (.pth, .pt, .ckpt, .bin), or a folder with some; its other files are copied
     target : str
-        new folder
+        folder to write; must not exist yet
 
     Returns
     -------
@@ -229,8 +230,8 @@ TOUR_PROMPTS = ("a dog barks, then rain falls", "rain falls, then a dog barks", 
 
 def tour(
     model:str='toy', # 'toy', 'mine' or a folder
-    out:str='out', # folder for tour.wav and tour.png
-    seed:int=1, # start of the random numbers; same seed, same bytes
+    out:str='out', # folder to write tour.wav and tour.png to
+    seed:int=1, # start of the random numbers; same seed, machine and number of threads: same bytes
 )->Path: # the picture
     """Four prompts, one picture, one WAV
 
@@ -239,9 +240,9 @@ def tour(
     model : str, default='toy'
         'toy', 'mine' or a folder
     out : str, default='out'
-        folder for tour.wav and tour.png
+        folder to write tour.wav and tour.png to
     seed : int, default=1
-        start of the random numbers; same seed, same bytes
+        start of the random numbers; same seed, machine and number of threads: same bytes
 
     Returns
     -------
@@ -290,10 +291,10 @@ def train(
     data:str|None=None, # your own sounds: folder, table, .tar or saved data set; what follows belongs to it
     from_:str='toy', # what to begin with: 'toy', 'mine', a folder of ours, or 'scratch'
     out:str|None=None, # folder of the result, for `say --model`; by default out/own/NAME
-    minutes:float|None=None, # how long to train, about
+    minutes:float|None=None, # length of the training, about; only with data
     steps:int|None=None, # how many steps to train; wins over minutes
-    dry_run:bool=False, # stop after the report
-    columns:str|None=None, # of a table, when not found by themselves: of sounds and of captions, such as file,text
+    dry_run:bool=False, # report what the data hold, and stop
+    columns:str|None=None, # names of a table's columns, sound first, then captions, such as file,text; by default found
 )->Path: # folder of the trained weights
     """Train a system at toy scale with the lessons' recipes, or finetune AudioLDM 2 on your own sounds (--data)
 
@@ -318,13 +319,13 @@ def train(
     out : str|None, default=None
         folder of the result, for `say --model`; by default out/own/NAME
     minutes : float|None, default=None
-        how long to train, about
+        length of the training, about; only with data
     steps : int|None, default=None
         how many steps to train; wins over minutes
     dry_run : bool, default=False
-        stop after the report
+        report what the data hold, and stop
     columns : str|None, default=None
-        of a table, when not found by themselves: of sounds and of captions, such as file,text
+        names of a table's columns, sound first, then captions, such as file,text; by default found
 
     Returns
     -------
@@ -347,7 +348,7 @@ def score(
     made:str, # folder of generated sounds; captions in NAME.txt give a CLAP score
     vggish:str|None=None, # weights file of VGGish, for FAD
     cnn14:str|None=None, # weights file of PANNs CNN14, for FD, KL and inception score
-    seed:int=0, # of halves and intervals
+    seed:int=0, # start of the random numbers that draw halves and intervals
     skip_broken:bool=False, # leave broken files out instead of refusing
     out:str|None=None, # JSON file for the score cards
 )->list: # the score cards
@@ -364,7 +365,7 @@ def score(
     cnn14 : str|None, default=None
         weights file of PANNs CNN14, for FD, KL and inception score
     seed : int, default=0
-        of halves and intervals
+        start of the random numbers that draw halves and intervals
     skip_broken : bool, default=False
         leave broken files out instead of refusing
     out : str|None, default=None
@@ -381,7 +382,7 @@ def score(
 
 # %% ../nbs/93_cli.ipynb #c1a1f502
 def claims(
-    minutes:float|None=None, # no run begins after that time; by default all are run
+    minutes:float|None=None, # after so many minutes no further run begins; by default all are run
     only:str|None=None, # id of one claim, 'C9' also takes C9a, C9b; by default all
 )->str: # the table
     """Run what is missing of the registered claims, then show the verdicts
@@ -389,7 +390,7 @@ def claims(
     Parameters
     ----------
     minutes : float|None, default=None
-        no run begins after that time; by default all are run
+        after so many minutes no further run begins; by default all are run
     only : str|None, default=None
         id of one claim, 'C9' also takes C9a, C9b; by default all
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .checkpoints import count_keys, find_state, map_keys, read_foreign, read_pickle, strip_to
 from .codec import Codec, CodecConfig
-from .core import load_strict
+from .core import load_strict, no_larger_than
 
 # %% ../nbs/60a_codec_files.ipynb #ba459f83
 RENAMED = [
@@ -107,8 +107,10 @@ def read_settings(
     except (yaml.YAMLError, RecursionError) as e: raise ValueError(f"{where} is no YAML: {e}") from e
     if not isinstance(values, dict):
         raise ValueError(f"{where} must hold settings by name, got {type(values).__name__}")
+    left = [10_000]  # values that may be followed: names of names can multiply
     def follow(x, depth=0):
-        if depth > 20: raise ValueError(f"{where} is nested too deep or points in a circle")
+        left[0] -= 1
+        if depth > 20 or left[0] < 0: raise ValueError(f"{where} is nested too deep or points in a circle")
         if isinstance(x, dict): return {k: follow(v, depth + 1) for k, v in x.items()}
         found = re.fullmatch(r'\$\{([\w.]+)\}', x) if isinstance(x, str) else None
         if found: return follow(lookup(found[1]), depth + 1)
@@ -191,6 +193,7 @@ def read_codec(
         state = rename_codec(state, path)
         levels = count_keys(state, r'^quantizer\.layers\.(\d+)\.')
         cfg = replace(config_from_transformers(values, path), codebooks=levels)
-    model = Codec(cfg)
-    load_strict(model, state, path)
+    with no_larger_than(path):
+        model = Codec(cfg)
+        load_strict(model, state, path)
     return model

@@ -15,7 +15,7 @@ import torch
 
 from .checkpoints import count_keys, map_keys, read_foreign, read_json, read_pickle, read_weights, strip_to
 from .codec import Codec
-from .core import as_device, find_weights, load_strict
+from .core import as_device, find_weights, load_strict, no_larger_than
 from .public import make_tokenizers, shake
 from .t5_files import HFT5
 from .tokenlm import TokenAudio, TokenLM, TokenLMConfig
@@ -208,8 +208,9 @@ def read_tokenlm(
         state, content = map_keys(read_weights(file), AUDIOCRAFT_KEYS), read_pickle(file)
         if not isinstance(content.get('xp.cfg'), str): raise ValueError(f"{file} holds no settings under xp.cfg")
         cfg = audiocraft_config(content['xp.cfg'], state, file)
-    model = TokenLM(cfg)
-    load_strict(model, state, path)
+    with no_larger_than(path):
+        model = TokenLM(cfg)
+        load_strict(model, state, path)
     return model
 
 class PublishedLM(TokenLM):
