@@ -49,5 +49,7 @@ def make_sounds(
         if isinstance(pipe, TokenAudio):
             codes = pipe(told, seconds=seconds, seed=seeds, output='codes', **options)
             wavs.append(pipe.codec.decode(codes)[:, 0, :samples])
-        else: wavs.append(latents_to_wav(pipe, pipe(told, seed=seeds, output='latents', **options), samples, limit=False))
+        else:
+            z_0 = pipe(told, seed=seeds, output='latents', **options)
+            wavs.append(latents_to_wav(pipe, z_0, samples, limit=False))
     return torch.cat(wavs)

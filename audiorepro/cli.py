@@ -88,7 +88,7 @@ def _play(path):
 def say(
     prompt:str|list=(), # what to hear, in quotes; several prompts make several files
     out:str='out/say.wav', # sound file to write (.wav, .flac, .ogg, .mp3); several become say_1.wav, say_2.wav, ...
-    model:str='toy', # 'toy', 'toy-tango', 'toy-lm', the same with 'mine', a folder, or a published one's folder or hub id
+    model:str='toy', # 'toy', 'toy-tango', 'toy-lm', the same with 'mine', a folder, or a published folder or hub id
     seed:int=0, # start of the random numbers; same seed, machine and number of threads: same bytes
     guidance_scale:float|None=None, # how closely to follow the prompt; 1 is no guidance; by default 3.5 or 3
     steps:int|None=None, # DDIM steps, by default 50; more take longer; not for -lm
@@ -109,7 +109,7 @@ def say(
     out : str, default='out/say.wav'
         sound file to write (.wav, .flac, .ogg, .mp3); several become say_1.wav, say_2.wav, ...
     model : str, default='toy'
-        'toy', 'toy-tango', 'toy-lm', the same with 'mine', a folder, or a published one's folder or hub id
+        'toy', 'toy-tango', 'toy-lm', the same with 'mine', a folder, or a published folder or hub id
     seed : int, default=0
         start of the random numbers; same seed, machine and number of threads: same bytes
     guidance_scale : float|None, default=None

@@ -171,7 +171,6 @@ class CodecGame:
         self.piece, self.quantize_from, self.rival_start = piece, quantize_from, rival_start  # samples, steps
         self.rival_share, self.weights = rival_share, weights or dict(l1=.1, spectra=2., adv=4., features=4.)
         self.balanced, self.even = balanced, even  # False: a plain weighted sum; True: `even_out` before k-means
-
     def draw(self, model, batch, ctx):
         if 'copy' in ctx.shared: return ctx.shared
         wav, spare = batch['wav'].to(ctx.device).float(), batch['wav'].shape[-1] - self.piece
@@ -182,19 +181,16 @@ class CodecGame:
         made = model(real, ctx.generator, ctx.step >= self.quantize_from)
         ctx.shared.update(real=real, copy=made['copy'].float(), loss_commit=made['loss_commit'])
         return ctx.shared
-
     def is_turn(self, step):
         "Whether the critics learn in this step: alike on all processes"
         if step < self.rival_start: return False
         return torch.rand((), generator=make_generator(step)).item() < self.rival_share
-
     def rival(self, rival, batch, ctx):
         "The critics' loss, or None while they rest"
         made = self.draw(ctx.model, batch, ctx)  # a piece of each clip, and its copy: once for both players
         if not self.is_turn(ctx.step): return None
         verdicts = zip(rival(made['real']), rival(made['copy'].detach()))
         return dict(loss=sum(hinge_loss(a[0].float(), b[0].float()) for a, b in verdicts))
-
     def __call__(self, model, batch, ctx):
         "The codec's loss: spectra, samples, critics and features, in balance or summed, plus the commitment"
         made = self.draw(model, batch, ctx)
@@ -205,7 +201,8 @@ class CodecGame:
             fake = ctx.rival(copy)
             parts |= dict(adv=sum(generator_loss(score) for score, _ in fake), features=feature_loss(seen, fake))
         loss = balance(parts, self.weights, copy) if self.balanced else sum(self.weights[k]*v for k, v in parts.items())
-        return dict(loss=loss + made['loss_commit'], loss_commit=made['loss_commit']) | {f'loss_{k}': v for k, v in parts.items()}
+        values = dict(loss=loss + made['loss_commit'], loss_commit=made['loss_commit'])
+        return values | {f'loss_{k}': v for k, v in parts.items()}
 
 # %% ../nbs/60b_codec_training.ipynb #ffefa511
 def measure_codec(

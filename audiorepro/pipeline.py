@@ -19,7 +19,6 @@ from .text import Tokenizer, check_prompt
 class Pipeline:
     "Networks under their names, moved, loaded and saved as one; `names[0]` says where they are"
     names, kinds = (), ()  # attributes that hold parts; classes of the parts, in the order of the constructor
-
     @classmethod
     def from_pretrained(cls,
         name='toy', # `"toy"`, `"mine"`, or a folder that `save_pretrained` wrote
@@ -41,7 +40,6 @@ class Pipeline:
             of the constructor
         """
         return cls(*cls.load_parts(name, as_device(device), dtype), **options)
-
     @classmethod
     def load_parts(cls, name, device, dtype)->list: # parts in the order of the constructor
         """Returns
@@ -50,7 +48,6 @@ class Pipeline:
             parts in the order of the constructor
         """
         return [kind.from_pretrained(f'{name}/{kind.component}', device, dtype) for kind in cls.kinds]
-
     def save_pretrained(self,
         folder, # made when missing; one subfolder per part
         dtype:torch.dtype|None=None, # of the saved tensors
@@ -65,7 +62,7 @@ class Pipeline:
             of the saved tensors
         """
         if odd := [type(p).__name__ for p in self.parts() if not isinstance(p, self.kinds)]:
-            raise ValueError(f"save_pretrained keeps parts of this kit alone, not {', '.join(odd)} of a published system")
+            raise ValueError(f"save_pretrained keeps parts of this kit, not {', '.join(odd)} of a published system")
         for part in self.parts(): part.save_pretrained(f'{folder}/{part.component}', dtype)
 
     def parts(self)->tuple: # the networks that are there
@@ -81,8 +78,7 @@ class Pipeline:
         for part in self.parts(): getattr(part, 'model', part).to(device=device and as_device(device), dtype=dtype)
         return self
 
-    @property
-    def device(self): return self.parts()[0].device
+    device = property(lambda self: self.parts()[0].device)
 
     def __repr__(self): # parts with their millions of parameters, type and device, length and rate
         sizes = (f'{type(p).__name__} {count_params(getattr(p, "model", p))/1e6:.1f}M' for p in self.parts())

@@ -160,6 +160,7 @@ def measure_lm(
     return dict(distance=float(ratio), heard=events_heard(judge.listen(wavs)['present'], asked.meta).mean().item(),
                 text=text.mean().item())
 
+# %% ../nbs/63_rr_ablations.ipynb #81c0dd21
 def rr_score(
     measure:str, # 'distance', 'heard' or 'text', see `measure_lm`
     seed:int, # of training and draws

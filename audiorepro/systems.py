@@ -97,7 +97,8 @@ def check_asked(
     dict
         the same in the system's own words
     """
-    takes, given = _TAKES[type(pipe)], {k: v for k, v in asked.items() if v is not None}
+    takes = next((takes for kind, takes in _TAKES.items() if isinstance(pipe, kind)), _TAKES[AudioLDM2])
+    given = {k: v for k, v in asked.items() if v is not None}
     if odd := [k for k in given if k not in takes]:
         raise ValueError(f"{type(pipe).__name__} has no {', '.join(odd)}; it takes {', '.join(takes)}")
     return {takes[k]: v for k, v in given.items()}

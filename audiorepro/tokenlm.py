@@ -257,10 +257,9 @@ class KVCache:
 def _init_weights(model):
     "Normal numbers, cut at three deviations; deeper blocks start smaller"
     for i, part in enumerate((*model.blocks, model.emb, model.heads)):
-        for m in part.modules():
-            if isinstance(m, (nn.Linear, nn.Embedding)):
-                std = (m.weight.shape[1]*(2*(i + 1) if i < model.cfg.layers else 1))**-.5
-                nn.init.trunc_normal_(m.weight, std=std, a=-3*std, b=3*std)
+        for m in (m for m in part.modules() if isinstance(m, (nn.Linear, nn.Embedding))):
+            std = (m.weight.shape[1]*(2*(i + 1) if i < model.cfg.layers else 1))**-.5
+            nn.init.trunc_normal_(m.weight, std=std, a=-3*std, b=3*std)
 
 # %% ../nbs/61_tokenlm.ipynb #b28bd65a
 class TokenLM(Model):
@@ -561,7 +560,6 @@ class TokenAudio(Pipeline):
     """
     names, kinds = ('lm', 't5', 'codec'), (T5, TokenLM, Codec)
     seconds = property(lambda self: self.lm.cfg.max_frames/self.codec.frame_rate)  # of the longest sound
-
     def __init__(self,
         t5, # `T5` or `HFT5`: `encode(texts)` gives states and mask, `dim` their width
         lm:TokenLM, # writes codes
@@ -587,8 +585,8 @@ class TokenAudio(Pipeline):
         texts = [check_prompt(p) if p != '' else p for p in prompts]
         if isinstance(self.t5.tokenizer, Tokenizer): self.t5.tokenizer.encode(texts, warn_unknown=True)
         states, mask = self.t5.encode(texts)
-        empty = torch.tensor([p == '' for p in texts], device=mask.device)
-        return states.to(self.lm.device), (mask & ~empty[:, None]).to(self.lm.device)
+        said = torch.tensor([[p != ''] for p in texts], device=mask.device)
+        return states.to(self.lm.device), (mask & said).to(self.lm.device)
 
 # %% ../nbs/61_tokenlm.ipynb #ef06909f
 @torch.no_grad()
@@ -641,8 +639,7 @@ def speak(
     generator = None if seed is None else [make_generator(s) for s in item_seeds(seed, len(prompts))]
     if prefix is not None: prefix = codec.encode(prefix.expand(len(prompts), -1)[:, None])
     codes = generate(pipe.lm, int(np.ceil(seconds*codec.frame_rate - 1e-9)), *pipe.read(prompts), prefix=prefix,
-                     temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale,
-                     generator=generator)
+                     temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale, generator=generator)
     if output == 'codes': return codes
     return turn_down(codec.decode(codes)[:, 0, :round(seconds*codec.sample_rate)].float().cpu())
 

@@ -219,17 +219,18 @@ def test_fit_trains_both_players_and_goes_on_where_it_stopped(tmp_path):
 
 
 def test_toy_recipe_runs_and_its_weights_are_found(tmp_path, monkeypatch):
-    "Three steps of the recipe: one plain, one quantised, one with the critic; then the weights by the name 'mine'"
+    "Three steps of the recipe: one plain, two quantised after the latent was evened out; then the weights by the name 'mine'"
     monkeypatch.setenv('AUDIOREPRO_OUT', str(tmp_path))
     few = make_records(8)
-    monkeypatch.setattr(codec_training, 'make_records', lambda n: (few*84)[:n])
+    monkeypatch.setattr(codec_training, 'make_records', lambda n: (few*260)[:n])
     recipe = toy_recipe()
     assert recipe.key == toy_recipe().key != toy_recipe('full').key
-    recipe.loss_fn.quantize_from, recipe.loss_fn.rival_start = 1, 2
+    recipe.loss_fn.quantize_from = 1
+    assert recipe.loss_fn.even and not recipe.loss_fn.balanced
     recipe.config = replace(recipe.config, steps=3, eval_every=3, log_every=1)
     run_recipe(recipe, progress=False)
     losses = json.loads((tmp_path/'weights'/'codec'/'training.json').read_text())['losses']
-    assert {'val_mel', 'used_0', 'used_3', 'loss_rival', 'loss_adv', 'loss_features'} <= set(losses) and losses['val_mel'] > 0
+    assert {'val_mel', 'used_0', 'used_3', 'loss_l1', 'loss_spectra', 'loss_commit'} <= set(losses) and losses['val_mel'] > 0
     assert (tmp_path/'weights'/'codec'/'model.safetensors').stat().st_size < 2_000_000
     model = Codec.from_pretrained('mine')
     assert model.cfg == CodecConfig.toy() and model.encode(few[0].wav[None, None]).shape == (1, 4, 128)

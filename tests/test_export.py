@@ -215,7 +215,7 @@ def test_first_names_are_those_of_the_lessons():
     import audiorepro
     for name, module in audiorepro._MODULE_OF.items():
         assert getattr(audiorepro, name) is getattr(importlib.import_module(f'audiorepro.{module}'), name)
-    with pytest.raises(AttributeError, match="'Vae'.*it offers AudioLDM2, VAE"): audiorepro.Vae
+    with pytest.raises(AttributeError, match="'Vae'.*it offers AudioLDM2, Tango"): audiorepro.Vae
     with pytest.raises(ImportError): from audiorepro import no_such_name
 
 

@@ -21,7 +21,7 @@ from audiorepro.core import count_params, make_generator, save_json
 from audiorepro.loa import all_true, loa_conditions
 from audiorepro.lora import (LORA_LAYERS, add_lora, load_lora, lora_layers, lora_parameters, lora_state, merge_lora, remove_lora, save_lora, train_lora,
                              training_memory)
-from audiorepro.public import random_pipeline
+from standins import random_pipeline
 from audiorepro.training import Recipe, TrainConfig
 from layouts import error
 

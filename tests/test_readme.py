@@ -46,7 +46,7 @@ def test_wheel_works_outside_the_checkout(tmp_path):
     run = lambda *args, **kw: subprocess.run([sys.executable, *map(str, args)], check=True, capture_output=True, text=True, **kw)
     run('-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation', '-q', '-w', tmp_path, ROOT)
     wheel, = tmp_path.glob('*.whl')
-    assert wheel.stat().st_size < 35e6
+    assert wheel.stat().st_size < 45e6
     site = tmp_path/'site'
     run('-m', 'pip', 'install', '--no-deps', '-q', '--target', site, wheel)
     assert (site/'audiorepro/py.typed').exists()

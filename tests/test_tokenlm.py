@@ -513,7 +513,7 @@ def test_pipeline_refuses(pipe, change, name):
 def test_the_recipe_trains(budget, tmp_path, monkeypatch):
     "With a stand-in for the codec's module: two steps, a finite loss, the average of the weights at 0.99"
     monkeypatch.setenv('AUDIOREPRO_OUT', str(tmp_path))
-    monkeypatch.setitem(sys.modules, 'audiorepro.codec', types.SimpleNamespace(Codec=TinyCodec))
+    monkeypatch.setattr('audiorepro.tokenlm.Codec', TinyCodec)
     recipe = toy_recipe(budget, weights='toy', clips=10, wordings=2)
     assert recipe.config.ema_decay == .99 and recipe.config.betas == (.9, .95) and recipe.name == 'tokenlm'
     batch = next(recipe.batches(0))
