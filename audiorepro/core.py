@@ -249,13 +249,12 @@ def _check_types(cfg):
             name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else kind
             raise ValueError(f"{type(cfg).__name__}.{f.name} must be {name}, got {value!r}")
 
-# %% ../nbs/01_core.ipynb #c8792eb0
 def _read_settings(path):  # what a small JSON file holds; `ValueError` where it is too large, endless or no file
-    if os.path.exists(path) and not os.path.isfile(path): raise ValueError("it is no regular file")
-    if (size := os.path.getsize(path)) > 2**24: raise ValueError(f"{size} bytes are too many for settings")
+    if os.path.getsize(path) > 2**24 or not os.path.isfile(path): raise ValueError("too large, or it is no regular file")
     try: return json.loads(Path(path).read_text())
     except RecursionError as e: raise ValueError("it is nested too deeply") from e
 
+# %% ../nbs/01_core.ipynb #c8792eb0
 @dataclass(frozen=True)
 class Config:
     "Settings of a model or a step: frozen, comparable, of the declared types, exactly restored from JSON"

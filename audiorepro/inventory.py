@@ -203,12 +203,10 @@ def _members(file, skip):
     size, end = os.path.getsize(file), 0
     try:
         with tarfile.open(file, 'r:') as tar:
-            while member := tar.next():
+            while m := tar.next():
                 tar.members.clear()  # a million of them would fill the memory
-                if (end := member.offset_data + member.size) > size: break
-                shown = member.name.rpartition('/')[2][:1] != '.'  # not `._a.wav` beside `a.wav`, from a Mac
-                is_file = shown and member.isreg() and not member.issparse()
-                if is_file: yield member.name, member.offset_data, member.size
+                if (end := m.offset_data + m.size) > size: break
+                if m.isreg() and not m.issparse() and '/._' not in '/' + m.name: yield m.name, m.offset_data, m.size
     except tarfile.TarError as e: return skip(Path(file).name, 'damaged tar', str(e))
     with open(file, 'rb') as f:
         f.seek(end := -(-end//512)*512)
@@ -325,7 +323,7 @@ def find_source(
     if path.is_file() and path.suffix.lower() == '.tar': return 'tar', [path]
     if not path.is_dir(): raise ValueError(f"data {path} must be a folder, a table ({endings}) or an uncompressed .tar")
     if (path/'state.json').is_file() or (path/'dataset_dict.json').is_file(): return 'arrow', path
-    top = sorted(p for p in path.iterdir() if p.suffix.lower() in (*READERS, '.tar') and p.is_file() and p.name[0] != '.')
+    top = sorted(p for p in path.glob('[!.]*') if p.suffix.lower() in (*READERS, '.tar') and p.is_file())
     tables, tars = ([p for p in top if (p.suffix.lower() == '.tar') is is_tar] for is_tar in (False, True))
     if named := [p for p in tables if p.stem.lower() == 'metadata']: return 'table', named[0]
     if len(tables) == 1: return 'table', tables[0]

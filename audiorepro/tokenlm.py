@@ -9,7 +9,6 @@ __all__ = ['TokenLMConfig', 'delay', 'undelay', 'valid_steps', 'check_codes', 'w
 
 # %% ../nbs/61_tokenlm.ipynb #63214bf0
 from dataclasses import dataclass
-
 import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -638,8 +637,8 @@ def speak(
     check_number('seconds', seconds, 1/codec.sample_rate, pipe.lm.cfg.max_frames/codec.frame_rate)
     generator = None if seed is None else [make_generator(s) for s in item_seeds(seed, len(prompts))]
     if prefix is not None: prefix = codec.encode(prefix.expand(len(prompts), -1)[:, None])
-    codes = generate(pipe.lm, int(np.ceil(seconds*codec.frame_rate - 1e-9)), *pipe.read(prompts), prefix=prefix,
-                     temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale, generator=generator)
+    codes = generate(pipe.lm, int(np.ceil(seconds*codec.frame_rate - 1e-9)), *pipe.read(prompts), generator=generator,
+                     temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale, prefix=prefix)
     if output == 'codes': return codes
     return turn_down(codec.decode(codes)[:, 0, :round(seconds*codec.sample_rate)].float().cpu())
 
