@@ -250,7 +250,7 @@ def _check_types(cfg):
             raise ValueError(f"{type(cfg).__name__}.{f.name} must be {name}, got {value!r}")
 
 def _read_settings(path):  # what a small JSON file holds; `ValueError` where it is too large, endless or no file
-    if os.path.getsize(path) > 2**24 or not os.path.isfile(path): raise ValueError("too large, or it is no regular file")
+    if os.path.getsize(path) > 2**24 or not os.path.isfile(path): raise ValueError("too large, or no regular file")
     try: return json.loads(Path(path).read_text())
     except RecursionError as e: raise ValueError("it is nested too deeply") from e
 
