@@ -551,6 +551,7 @@ def paper_recipe(
     steps:int=800_000, # released training configuration
     batch_size:int=16, # per device, released configuration
     warmup_steps:int=10_000, # paper, sec. IV-E
+    p_gt:float=.25, # see `joint_loss`
 )->Recipe: # for `run_recipe`, under `accelerate launch` on several GPUs
     """Joint finetuning on a real corpus: frozen parts run inside the loss (AudioLDM 2, sec. III-D3, IV-E)
 
@@ -570,6 +571,8 @@ def paper_recipe(
         per device, released configuration
     warmup_steps : int, default=10_000
         paper, sec. IV-E
+    p_gt : float, default=.25
+        see `joint_loss`
 
     Returns
     -------
@@ -583,7 +586,7 @@ def paper_recipe(
         mel=lambda wav: log_mel(wav, cfg.mel), fbank=lambda wav: audiomae_input(wav, fbank)))
     t5_null = parts['t5'].encode([''])
     def loss(model, batch, ctx):
-        return joint_loss(model, _frozen_batch(parts, batch, cfg.lam, ctx.generator), ctx, t5_null)
+        return joint_loss(model, _frozen_batch(parts, batch, cfg.lam, ctx.generator), ctx, t5_null, p_gt)
     config = TrainConfig(steps=steps, lr=1e-4, warmup_steps=warmup_steps, ema_decay=.9999)
     return Recipe('audioldm2_paper', model, loss, loader_batches(data, batch_size, collate=collate), config)
 

@@ -256,6 +256,13 @@ WRONG_ANSWERS = [
                         '    z_0 = sample_ddim(pipe.halves.unet, (1, *latent_shape(pipe.cfg)), pipe.cfg.schedule, steps, cond=cond, uncond=encode_nothing(pipe, cond), guidance_scale=scale, generator=[make_generator(seed)])\n'
                         '    return latents_to_wav(pipe, z_0, 40_960)'),  # the negative prompt left out
     ('53_audioldm2', 4, 'def cross(a, b): return Condition((b.contexts[0], a.contexts[1]))'),
+    ('54_ablations', 1, 'read = dict(fad_b=.33, kl_d=.29, mixed=2, trainings=6)'),  # relative to the row
+    ('54_ablations', 1, 'read = dict(fad_b=.49, kl_d=.29, mixed=1, trainings=6)'),  # row c has the higher score
+    ('54_ablations', 2, 'def best_of_k(own, heard, k): return heard[max(range(k), key=lambda i: own[i])]'),  # the first k only
+    ('54_ablations', 2, 'def best_of_k(own, heard, k):\n    draws = [max(d, key=lambda i: heard[i]) for d in combinations(range(len(own)), k)]\n'
+                        '    return sum(heard[i] for i in draws)/len(draws)'),  # chosen by the mark
+    ('54_ablations', 3, 'def errors(a, b): return ((np.var(a, ddof=1) + np.var(b, ddof=1))/len(a))**.5, (np.asarray(a) - b).std(ddof=1)'),  # no root of n
+    ('54_ablations', 3, 'def errors(a, b): return (np.std(a, ddof=1) + np.std(b, ddof=1))/len(a)**.5, (np.asarray(a) - b).std(ddof=1)/len(a)**.5'),  # deviations added
     ('43_ldm', 1, 'predicted = dict(mean_tokens=170, informed_8=.25, silent=1.)'),
     ('43_ldm', 2, 'def between(a, b, share): return (1 - share)*a + share*b'),  # the straight line
     ('43_ldm', 2, 'def between(a, b, share):\n    z = (1 - share)*a + share*b\n    return z/z.std()'),  # one factor for the batch
