@@ -18,26 +18,29 @@ _ENDINGS = ('.wav', '.flac', '.ogg', '.mp3')  # what `save_audio` writes
 
 # %% ../nbs/93_cli.ipynb #d6753f5f
 def read_prompts(
-    path:str|Path, # text file, UTF-8, one prompt per line
-)->list: # the prompts; empty lines are skipped
+    path:str|Path, # text file, UTF-8, one prompt per line, at most 1 MiB
+)->list: # the prompts, at most 10,000; empty lines are skipped
     """Read prompts from a file; errors name the line
 
     Parameters
     ----------
     path : str|Path
-        text file, UTF-8, one prompt per line
+        text file, UTF-8, one prompt per line, at most 1 MiB
 
     Returns
     -------
     list
-        the prompts; empty lines are skipped
+        the prompts, at most 10,000; empty lines are skipped
     """
     from audiorepro.text import check_prompt
+    if not Path(path).is_file(): raise ValueError(f"{path} is no file that can be read")
+    if (size := Path(path).stat().st_size) > 2**20: raise ValueError(f"{path} must be at most 1 MiB, got {size:,} bytes")
     try: lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not a text file in UTF-8: {e.reason} at byte {e.start}") from e
     found = [check_prompt(line, f'{path}, line {i}: the prompt') for i, line in enumerate(lines, 1) if line.strip()]
     if not found: raise ValueError(f"{path} holds no prompt")
+    if len(found) > 10_000: raise ValueError(f"{path} must hold at most 10,000 prompts, got {len(found):,}")
     return found
 
 def _all_prompts(prompt, file):
