@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.stamp-installed
 INDEX  := $(if $(CPU),--extra-index-url https://download.pytorch.org/whl/cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup tour train test lab export check notebooks weights claims clap-env
+.PHONY: help setup tour train test lab export check notebooks weights claims clap-env browser-deps
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -56,3 +56,6 @@ claims: $(STAMP)  ## run what is missing of the registered claims, one arm and s
 clap-env: $(STAMP)  ## laion_clap in an environment of its own (.venv-clap, 1.8 GB), compared with ours
 	$(PYTHON) tests/clap_env.py make
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_clap_env.py
+
+browser-deps: $(STAMP)  ## Chromium for tests/test_browser.py, by apt-get; on other systems it says what to install
+	@sh tests/browser_deps.sh $(BIN)/python

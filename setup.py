@@ -17,7 +17,7 @@ setup(
     package_data={'audiorepro': ['py.typed', 'weights/*/*.json', 'weights/*/*.safetensors', 'weights/*.json']},
     include_package_data=False, zip_safe=False,
     install_requires=shlex.split(cfg['requirements']),
-    extras_require={name: shlex.split(cfg[f'{name}_requirements']) for name in ('dev', 'clap', 'speech')},
+    extras_require={name: shlex.split(cfg[f'{name}_requirements']) for name in ('dev', 'clap', 'speech', 'passt')},
     entry_points={'console_scripts': shlex.split(cfg['console_scripts'])},
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Education', 'Intended Audience :: Science/Research',
                  'Programming Language :: Python :: 3'],

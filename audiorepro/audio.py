@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Record', 'check_wav', 'to_mono', 'resample', 'load_audio', 'normalize', 'fit_length', 'level_db', 'turn_down',
-           'save_audio', 'play', 'plot_wav', 'mel_ticks', 'plot_mels']
+           'save_audio', 'play', 'plot_wav', 'mel_ticks', 'plot_mels', 'slide']
 
 # %% ../nbs/10_audio.ipynb #ed13a0fd
 import io, math
@@ -423,3 +423,43 @@ def plot_mels(
     fig.colorbar(image, ax=axes, label=label)
     plt.close(fig)
     return fig
+
+# %% ../nbs/10_audio.ipynb #2b3fe5da
+def slide(
+    label:str, # of the slider
+    values:list|tuple, # where the slider stops
+    draw, # `draw(value)` gives a matplotlib figure; called once for each value, now
+    start=None, # value shown first; None: the first of them
+):  # widget: the slider above its picture
+    """Draw a picture for each of some values and show one of them under a slider
+
+    Parameters
+    ----------
+    label : str
+        of the slider
+    values : list|tuple
+        where the slider stops
+    draw
+        `draw(value)` gives a matplotlib figure; called once for each value, now
+    start : default=None
+        value shown first; None: the first of them
+
+    Returns
+    -------
+    widget: the slider above its picture
+    """
+    import ipywidgets as widgets, matplotlib.pyplot as plt
+    values = list(values)
+    if start is None and values: start = values[0]
+    if start not in values: raise ValueError(f"start={start!r} is none of the values {values}")
+    def png(fig):
+        buffer = io.BytesIO()
+        fig.savefig(buffer, format='png', dpi=90)
+        plt.close(fig)
+        return buffer.getvalue()
+    pictures = [png(draw(value)) for value in values]
+    slider = widgets.SelectionSlider(options=values, value=start, description=label, layout=dict(width='30em'),
+                                     style=dict(description_width='initial'))
+    picture = widgets.Image(value=pictures[slider.index], format='png')
+    slider.observe(lambda change: picture.set_trait('value', pictures[change['new']]), 'index')
+    return widgets.VBox([slider, picture])

@@ -384,4 +384,4 @@ def test_each_import_is_declared_and_pinned():
     pinned = {plain(line) for line in (ROOT/'constraints.txt').read_text().splitlines()} | {'torch'}
     used = {dict(PIL='pillow', sklearn='scikit-learn', yaml='pyyaml').get(n, plain(n)) for n in third_party()}
     assert {'filelock', 'joblib', 'pillow', 'ipython'} <= used <= declared
-    assert used - {'phonemizer', 'espeakng-loader', 'laion-clap'} <= pinned
+    assert used - {'phonemizer', 'espeakng-loader', 'laion-clap', 'hear21passt'} <= pinned

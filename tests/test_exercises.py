@@ -194,6 +194,17 @@ OTHER_ANSWERS = [
     ('55_speech', 3, 'def stretch(states, frames): return torch.stack([s for s, n in zip(states, frames.tolist()) for _ in range(n)])\ndef slower(mel, is_vowel): return stretch(mel, is_vowel.int() + 1)', ''),
     ('55_speech', 4, 'def scores(q, k, rel, window):\n    rel_at = lambda o: rel[o + window] if abs(o) <= window else torch.zeros(q.shape[1])\n'
                      '    return torch.stack([torch.stack([q[i] @ (k[j] + rel_at(j - i)) for j in range(len(k))]) for i in range(len(q))])/q.shape[1]**.5', 'A loop is allowed'),
+    ('25_scores', 1, 'def in_a_row(share): return next(n for n in range(1, 999) if wilson_interval(n, n)[0] > share)', 'count upwards with `wilson_interval(n, n)`'),
+    ('25_scores', 1, 'def in_a_row(share): return np.ceil(1.96**2*share/(1 - share))', 'n/(n + z²)'),  # a float
+    ('25_scores', 2, 'def three_sets(ids, n, seed):\n    ids = sorted(set(ids))\n    if len(ids) < 3*n: raise ValueError(len(ids))\n'
+                     '    np.random.default_rng(seed).shuffle(ids)\n    return tuple(ids[k*n:(k + 1)*n] for k in range(3))', 'cut the result into three'),
+    ('25_scores', 2, 'def three_sets(ids, n, seed):\n    return np.random.default_rng(seed).choice(sorted(set(ids)), 3*n, replace=False).reshape(3, n).tolist()', ''),
+    ('25_scores', 3, 'def repaired(value, draws, level=.95):\n    draws = np.asarray(draws) - np.mean(draws) + value\n'
+                     '    return np.quantile(draws, ((1 - level)/2, (1 + level)/2)).clip(min=0)', 'Cut at zero last'),  # moved first
+    ('57a_lora', 1, 'predicted = dict(square=12_288., fused=24_576, apart=36_864, even=torch.tensor(384), optimiser=98_304)', 'r (768 + 768) = 768²'),
+    ('57a_lora', 2, 'def thin(delta, rank):\n    u, s, v = torch.linalg.svd(delta, full_matrices=False)\n    root = s[:rank].sqrt()\n    return root[:, None]*v[:rank], u[:, :rank]*root', 'or their roots to both'),
+    ('57a_lora', 3, 'def widen(A, B, alpha, extra, generator):\n    return (torch.cat([A, torch.zeros(extra, A.shape[1])]), torch.cat([B, torch.randn(len(B), extra, generator=generator)], 1),\n'
+                    '            alpha*(1 + extra/len(A)))', ''),  # A zero and B random learns as well
 ]
 
 
@@ -417,6 +428,36 @@ WRONG_ANSWERS = [
                  '    wide = max((k - 1)//2*sum(d + 1 for d in ds) for k, ds in zip(cfg.resblock_kernels, cfg.resblock_dilations))\n'
                  '    low, high = sample - 3, sample + 3\n    for rate, kernel in reversed(list(zip(cfg.upsample_rates, cfg.upsample_kernels))):\n'
                  '        low, high = (low - wide)//rate, (high + wide)//rate\n    return max(0, low - 3), min(frames - 1, high + 3)'),
+    ('25_scores', 1, 'def in_a_row(share): return math.ceil(3/(1 - share))'),  # the rule of three
+    ('25_scores', 1, 'def in_a_row(share): return math.ceil(math.log(.025)/math.log(share))'),  # another interval
+    ('25_scores', 1, 'def in_a_row(share): return math.ceil(1.96**2*share/(1 - share)) + 1'),  # one too many
+    ('25_scores', 2, 'def three_sets(ids, n, seed):\n    if len(set(ids)) < 3*n: raise ValueError\n    rng, ids = np.random.default_rng(seed), sorted(set(ids))\n'
+                     '    return [list(rng.choice(ids, n, replace=False)) for _ in range(3)]'),  # three draws that overlap
+    ('25_scores', 2, 'def three_sets(ids, n, seed):\n    ids = list(dict.fromkeys(ids))\n    if len(ids) < 3*n: raise ValueError\n'
+                     '    np.random.default_rng(seed).shuffle(ids)\n    return ids[:n], ids[n:2*n], ids[2*n:3*n]'),  # the folder's order counts
+    ('25_scores', 2, 'def three_sets(ids, n, seed):\n    ids = sorted(set(ids))\n    if len(ids) < 3*n: raise ValueError\n'
+                     '    np.random.seed(seed); np.random.shuffle(ids)\n    return ids[:n], ids[n:2*n], ids[2*n:3*n]'),  # the global state
+    ('25_scores', 2, 'def three_sets(ids, n, seed):\n    ids = sorted(ids)\n    if len(ids) < 3*n: raise ValueError\n'
+                     '    np.random.default_rng(seed).shuffle(ids)\n    return ids[:n], ids[n:2*n], ids[2*n:3*n]'),  # doubles
+    ('25_scores', 2, 'def three_sets(ids, n, seed):\n    ids = sorted(set(ids))\n    np.random.default_rng(seed).shuffle(ids)\n    return ids[:n], ids[n:2*n], ids[2*n:3*n]'),  # too few are cut short
+    ('25_scores', 2, 'def three_sets(ids, n, seed):\n    ids = sorted(set(ids))\n    if len(ids) < 3*n: raise ValueError\n'
+                     '    ids = ids[seed:] + ids[:seed]\n    return ids[:n], ids[n:2*n], ids[2*n:3*n]'),  # moved, not drawn: 400 seeds are not 100 places
+    ('25_scores', 3, 'def repaired(value, draws, level=.95): return np.quantile(draws, ((1 - level)/2, (1 + level)/2))'),  # as they are
+    ('25_scores', 3, 'def repaired(value, draws, level=.95):\n    z = {.95: 1.96, .5: .6745}[level]*np.std(draws)\n    return max(0., value - z), max(0., value + z)'),  # the tails evened out
+    ('25_scores', 3, 'def repaired(value, draws, level=.95):\n    low, high = np.quantile(draws, ((1 - level)/2, (1 + level)/2)) - np.mean(draws)\n'
+                     '    return max(0., value - high), max(0., value - low)'),  # turned round
+    ('25_scores', 3, 'def repaired(value, draws, level=.95): return np.quantile(draws, ((1 - level)/2, (1 + level)/2)) + value - np.mean(draws)'),  # below zero
+    ('25_scores', 3, 'def repaired(value, draws, level=.95): return np.quantile(draws, (1 - level, level)) + value - np.mean(draws)'),  # one tail
+    ('57a_lora', 1, 'predicted = dict(square=8*768, fused=8*(768 + 2304), apart=3*8*(768 + 768), even=384, optimiser=98_304)'),
+    ('57a_lora', 1, 'predicted = dict(square=12_288, fused=36_864, apart=36_864, even=384, optimiser=98_304)'),
+    ('57a_lora', 1, 'predicted = dict(square=12_288, fused=24_576, apart=36_864, even=768, optimiser=49_152)'),
+    ('57a_lora', 2, 'def thin(delta, rank):\n    u, s, v = torch.linalg.svd(delta, full_matrices=False)\n    return s[:rank, None]*v[:rank], u[:, :rank]*s[:rank]'),  # twice
+    ('57a_lora', 2, 'def thin(delta, rank):\n    u, s, v = torch.linalg.svd(delta, full_matrices=False)\n    return v[-rank:], u[:, -rank:]*s[-rank:]'),  # the smallest
+    ('57a_lora', 2, 'def thin(delta, rank):\n    A = delta[:rank]\n    return A, delta @ torch.linalg.pinv(A)'),  # the first rows
+    ('57a_lora', 3, 'def widen(A, B, alpha, extra, generator):\n    return (torch.cat([A, torch.randn(extra, A.shape[1], generator=generator)]), torch.cat([B, torch.zeros(len(B), extra)], 1), alpha)'),
+    ('57a_lora', 3, 'def widen(A, B, alpha, extra, generator):\n    return (torch.cat([A, torch.zeros(extra, A.shape[1])]), torch.cat([B, torch.zeros(len(B), extra)], 1), alpha*(1 + extra/len(A)))'),  # dead for ever
+    ('57a_lora', 3, 'def widen(A, B, alpha, extra, generator):\n    rank = len(A)\n    return (torch.cat([A, torch.randn(extra, A.shape[1], generator=generator)])*((rank + extra)/rank), torch.cat([B, torch.zeros(len(B), extra)], 1), alpha)'),  # moved into A
+    ('57a_lora', 3, 'def widen(A, B, alpha, extra, generator):\n    row = torch.randn(1, A.shape[1], generator=generator)\n    return (torch.cat([A, row.expand(extra, -1)]), torch.cat([B, torch.zeros(len(B), extra)], 1), alpha*(1 + extra/len(A)))'),  # one direction, many times
 ]
 
 
