@@ -71,6 +71,12 @@ def lora_parameters(
     """
     return [p for name, p in model.named_parameters() if '.lora_A.' in name or '.lora_B.' in name]
 
+def _check_bare(model):
+    "An adapter goes onto a network that has none"
+    if lora_parameters(model): raise ValueError("model has an adapter: `merge_lora` or `remove_lora` first")
+
+def _check_rank(rank, layers): return check_int('rank', rank, 1, min(min(m.weight.shape) for m in layers.values()))
+
 def add_lora(
     model:nn.Module, # changed in place: frozen, with adapters at the layers that `lora_layers` finds
     rank:int=8, # r, 1 .. the smallest side of these layers
@@ -99,9 +105,8 @@ def add_lora(
         the same object; it computes what it did before
     """
     from peft import LoraConfig, inject_adapter_in_model
-    if lora_parameters(model): raise ValueError("model has an adapter: `merge_lora` or `remove_lora` first")
-    layers = lora_layers(model, parts)
-    check_int('rank', rank, 1, min(min(m.weight.shape) for m in layers.values()))
+    _check_bare(model)
+    _check_rank(rank, lora_layers(model, parts))
     check_number('alpha', alpha, 1e-6, 1e6)
     pattern = '|'.join(f'({LORA_LAYERS[p]})' for p in parts)
     with torch.random.fork_rng(devices=[]):
@@ -181,9 +186,9 @@ def remove_lora(
 # %% ../nbs/57a_lora.ipynb #57a00016
 def _marks(model, names):
     "One number for each adapted matrix: alike in any precision, another for other weights"
-    marks = []
-    for layer in (lora_layers(model)[n] for n in names):
-        w = layer.weight.detach().flatten()[:4096].double().cpu()
+    marks, layers = [], lora_layers(model)
+    for n in names:
+        w = layers[n].weight.detach().flatten()[:4096].double().cpu()
         marks.append(round((w*torch.arange(len(w)).double().cos()).sum().item()/max(w.norm().item(), 1e-9), 4))
     return marks
 
@@ -226,7 +231,7 @@ def _read_lora(model, path):
         said = json.loads(header['lora'])
         rank, alpha, parts, marks = (said[k] for k in ('rank', 'alpha', 'parts', 'marks'))
         layers = lora_layers(model, tuple(parts))
-        check_int('rank', rank, 1, min(min(m.weight.shape) for m in layers.values()))
+        _check_rank(rank, layers)
         marks = [check_number('a mark', m) for m in marks]
     except KeyError as e: raise ValueError(f"{path} was not written by `save_lora`: {e} is missing") from e
     except (ValueError, TypeError, RecursionError) as e:
@@ -267,7 +272,7 @@ def load_lora(
         the same object, frozen but for the adapter
     """
     from peft import set_peft_model_state_dict
-    if lora_parameters(model): raise ValueError("model has an adapter: `merge_lora` or `remove_lora` first")
+    _check_bare(model)
     state, rank, alpha, parts, layers, marks = _read_lora(model, path)
     if faults := _faults(state, rank, layers):
         more = f'; and {len(faults) - 10} more' if len(faults) > 10 else ''
@@ -316,6 +321,9 @@ def training_memory(
     return dict(trained=trained, weights=weights, gradients=trained_bytes*trained, adam=2*trained_bytes*trained)
 
 # %% ../nbs/57a_lora.ipynb #57a00024
+def _with_adapter(halves, rank, alpha, seed): # the same object; an adapter that is there stays
+    return halves if lora_parameters(halves) else add_lora(halves, rank, alpha, seed=seed)
+
 def lora_recipe(
     system:System, # its halves gain an adapter, unless they have one
     features:Features, # of `cache_features`
@@ -352,7 +360,7 @@ def lora_recipe(
     Recipe
         for `train_lora`
     """
-    if not lora_parameters(system.pipe.halves): add_lora(system.pipe.halves, rank, alpha, seed=seed)
+    _with_adapter(system.pipe.halves, rank, alpha, seed)
     return replace(own_recipe(system, features, steps, seed, lr, batch_size), name='lora')
 
 def published_lora_recipe(
@@ -392,7 +400,7 @@ def published_lora_recipe(
         for `train_lora`
     """
     pipe, cfg = system.pipe, system.pipe.cfg
-    if not lora_parameters(pipe.halves): add_lora(pipe.halves, rank, alpha, seed=seed)
+    _with_adapter(pipe.halves, rank, alpha, seed)
     parts = dict(vae=pipe.vae, audiomae=system.audiomae, clap=pipe.clap, t5=pipe.t5)
     features = dict(mel=lambda wav: log_mel(wav, cfg.mel), fbank=lambda wav: audiomae_input(wav, system.fbank))
     data = CaptionedAudio(records, cfg.mel.sample_rate, cfg.clip_seconds, features, prepare=normalize)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from audiorepro.core import make_generator
-from audiorepro.public import shake
+from standins import shake
 
 
 def randn(*shape, seed=0): return torch.randn(*shape, generator=make_generator(seed), dtype=torch.float64)

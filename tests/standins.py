@@ -1,12 +1,44 @@
-"""Stand-ins for published weights: diffusers and transformers build and save an AudioLDM 2 of random numbers, tiny or at full size.
-Tests use them, and lessons 52a and 53b.
+"""Stand-ins for published weights: diffusers and transformers build and save an AudioLDM 2 of random numbers, tiny or at full size,
+and a tiny MusicGen. Tests use them, and lessons 52a, 53b, 61a, 71 and 71a.
 """
+import json, math
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from audiorepro.public import make_tokenizers, shake
+
+CORPUS = 'a dog barks, then rain falls while wind blows and the old machine hums softly in every house again'
+
+
+def make_tokenizers(
+    max_tokens:int=40, # longest text; what `model_max_length` says in the saved folder
+)->tuple: # RoBERTa's and T5's tokeniser, of transformers
+    "Make small tokenisers of the two published kinds"
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import RobertaTokenizer, T5Tokenizer
+    words, letters = sorted({*CORPUS.replace(',', '').split()}), sorted({*map(chr, range(97, 123)), ','})
+    maker = ByteLevelBPETokenizer()
+    maker.train_from_iterator([CORPUS]*3, vocab_size=300, min_frequency=1, show_progress=False,
+                              special_tokens=['<s>', '<pad>', '</s>', '<unk>', '<mask>'])
+    found = json.loads(maker.to_str())['model']
+    merges = [tuple(m.split(' ') if isinstance(m, str) else m) for m in found['merges']]
+    pieces = [(x, 0.) for x in ('<pad>', '</s>', '<unk>')] + [(x, -4. - i/10) for i, x in enumerate(['▁', *letters])]
+    pieces += [('▁' + w, -1. - i/100) for i, w in enumerate(words)]
+    return (RobertaTokenizer(found['vocab'], merges, model_max_length=max_tokens),
+            T5Tokenizer(pieces, extra_ids=4, model_max_length=max_tokens))
+
+
+def shake(
+    module:nn.Module, # changed in place
+)->nn.Module: # the same, each tensor random
+    "Fill a network with random weights of unit gain, also where zeros or ones would hide a mistake"
+    for p in module.parameters():
+        noise = torch.randn(p.shape)
+        p.data = noise*p[0].numel()**-.5 if p.ndim > 1 else p.data.mean() + .1*noise
+    for name, x in module.named_buffers():
+        if 'running_' in name: x.copy_(torch.rand(x.shape) + .5)
+    return module.eval()
 
 
 def sizes(channels, contexts, clap, t5, gpt2, vocoder, vae=(16, 32, 32), blocks=1, groups=8, frames=16, depth=1):
@@ -90,3 +122,31 @@ def random_pipeline(
     pipe = AudioLDM2Pipeline(**parts)
     pipe.save_pretrained(folder)
     return pipe
+
+
+def random_musicgen(
+    folder:str|Path, # where to save it; made when missing
+    seed:int=0, # of the weights
+    text_dim:int=40, # width of T5; 32, the width of the LM, leaves out the projection
+    card:int=64, # values of a code
+    **sizes, # of the LM, under transformers' names
+): # `MusicgenForConditionalGeneration` of transformers, in eval mode
+    "Let transformers build and save a tiny MusicGen with random weights, a tokeniser beside it"
+    import transformers as t
+    codec = dict(num_filters=4, hidden_size=8, codebook_dim=8, upsampling_ratios=[5, 4], sampling_rate=16_000,
+                 target_bandwidths=[800*4*math.log2(card)/1000], num_lstm_layers=1, use_causal_conv=False)
+    ends = dict(pad_token_id=card, bos_token_id=card)
+    config = t.MusicgenConfig(
+        text_encoder=t.T5Config(vocab_size=200, d_model=text_dim, d_kv=8, num_heads=4, d_ff=48, num_layers=2),
+        audio_encoder=t.EncodecConfig(codebook_size=card, **codec),
+        decoder=t.MusicgenDecoderConfig(**dict(vocab_size=card, hidden_size=32, num_hidden_layers=3, ffn_dim=48,
+                                               num_attention_heads=4, dropout=0.) | ends | sizes))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = shake(t.MusicgenForConditionalGeneration(config))
+        for name, x in model.named_buffers():
+            if name.endswith('codebook.embed'): x.normal_()
+    for k in (*ends, 'decoder_start_token_id'): setattr(model.generation_config, k, card)
+    model.save_pretrained(folder)
+    make_tokenizers()[1].save_pretrained(folder)
+    return model

@@ -192,6 +192,38 @@ def unexplained_figures(nb, name):
     return complaints
 
 
+QUESTION = re.compile(r'(?:^|[.:;?!] |\*\*)Predict\b|\*\*predict\b|\b[Bb]efore you (?:read on|run)', re.M)
+
+
+def unanswered(nb, name):
+    "What the reader is asked to predict is answered, folded, in the same cell or in one of the next two"
+    cells = nb['cells']
+    asked = ((i, QUESTION.search(source(c))) for i, c in enumerate(cells) if c['cell_type'] == 'markdown')
+    return [f'no folded answer: {source(cells[i])[at.start():][:60]}' for i, at in asked
+            if at and not any('<details>' in text for text in prose(dict(cells=cells[i:i + 3])))]
+
+
+SMALLEST_TEXT = 8  # points
+TEXT_SIZE = re.compile(r'(\w+\.)?\w*(font|label|title)size|font\.size|prop|fontdict')  # also 'xtick.labelsize' of `rcParams`
+WRITERS = {f'{a}{b}' for a in ('', 'set_', 'sup') for b in ('title', 'xlabel', 'ylabel', 'xticks', 'yticks')} | {'text', 'annotate'}  # take `size=`
+
+
+def text_sizes(tree):
+    "Values given as a size of text: by a keyword, in a dictionary, as an entry of `rcParams`"
+    is_size = lambda key: isinstance(key, str) and TEXT_SIZE.fullmatch(key)
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Call): yield from (k.value for k in n.keywords if is_size(k.arg) or k.arg == 'size' and getattr(n.func, 'attr', '') in WRITERS)
+        if isinstance(n, ast.Dict): yield from (v for k, v in zip(n.keys, n.values) if is_size(getattr(k, 'value', None)))
+        if isinstance(n, ast.Assign): yield from (n.value for t in n.targets if isinstance(t, ast.Subscript) and is_size(getattr(t.slice, 'value', None)))
+
+
+def small_text(nb, name):
+    "Words in pictures can be read: no size below 8 points is asked for"
+    given = ((c, k.value) for c in code(nb) for size in text_sizes(ast.parse(python(c))) for k in ast.walk(size) if isinstance(k, ast.Constant))
+    return [f'text of size {x}, at least {SMALLEST_TEXT}: {first_line(c)}' for c, x in given
+            if x in ('x-small', 'xx-small') or type(x) in (int, float) and 0 < x < SMALLEST_TEXT]
+
+
 def bare_comparisons(nb, name):
     "A comparison that is a statement of its own checks nothing"
     return [f'nothing checks `{ast.unparse(n)[:60]}`' for c in code(nb) for n in ast.walk(ast.parse(python(c)))
@@ -251,8 +283,9 @@ def unfounded_numbers(nb, name, figures=FIGURES):
 DEBT = json.loads((Path(__file__).parent/'style_debt.json').read_text())
 
 RULES = [unknown_directive, directive_below_content, export_with_skip, title_first, stem_is_module, imports_mixed, missing_docments,
-         over_budget, bad_cell_ids, error_outputs, missing_figures, upward_imports, unshown, unexplained_figures, bare_comparisons, missing_lessons, unfounded_numbers]
-RULES_FOR_ALL = [unknown_directive, directive_below_content, bad_cell_ids, error_outputs, unshown, bare_comparisons]
+         over_budget, bad_cell_ids, error_outputs, missing_figures, upward_imports, unshown, unexplained_figures,
+         unanswered, small_text, bare_comparisons, missing_lessons, unfounded_numbers]
+RULES_FOR_ALL = [unknown_directive, directive_below_content, bad_cell_ids, error_outputs, unshown, unanswered, small_text, bare_comparisons]
 
 
 # --- rules about the whole project ----------------------------------------------------------------------------------
@@ -393,7 +426,12 @@ BAD = [
     (unshown, notebook("save_fig(fig, '05_bad_what')")), (unshown, notebook("for s in scales: save_fig(draw(s), f'05_bad_{s}')")),
     (unshown, notebook('for wav in wavs: play(wav, 16_000)')), (unshown, notebook('play(wavs[0], 16_000)\nplay(wavs[1], 16_000)')),
     (unexplained_figures, notebook("save_fig(fig, '05_bad_what')", 'x = 1', '# The next section')),
-    (unexplained_figures, notebook("save_fig(fig, '05_bad_what'); fig")), (bare_comparisons, notebook('assert True\nabs(a - b).max() > .01')), (bare_comparisons, notebook('np.allclose(a, b)')),
+    (unexplained_figures, notebook("save_fig(fig, '05_bad_what'); fig")),
+    (unanswered, notebook('> **Predict:** which is larger?', 'x = 1', '> The first.')), (unanswered, notebook('> Before you read on: why?')),
+    (unanswered, notebook('> Two arms. Predict both.', 'x = 1', 'y = 1', '> <details>The first.</details>')),
+    *((small_text, notebook(bad)) for bad in ('ax.legend(fontsize=7)', "ax.tick_params(labelsize='x-small')", 'ax.set_title(name, size=7.5)',
+      'fig.legend(prop=dict(size=6))', "plt.rcParams['xtick.labelsize'] = 7", "plt.rcParams.update({'font.size': 6})", 'ax.legend(fontsize=9 if wide else 6)')),
+    (bare_comparisons, notebook('assert True\nabs(a - b).max() > .01')), (bare_comparisons, notebook('np.allclose(a, b)')),
     (bare_comparisons, notebook('for a, b in pairs:\n    torch.equal(a, b)')),
     (missing_lessons, notebook('# As lesson 91 measures')), (missing_lessons, notebook('# Made in lessons 40 and 72')),
     (unfounded_numbers, notebook('print(loss)', '> The loss falls to 0.80.')), (unfounded_numbers, notebook('print(loss)', '> 43% are right.')),
@@ -419,6 +457,17 @@ def test_a_shown_figure_and_a_closed_gate_pass():
     assert unshown(with_output("save_fig(fig, '05_good_what')", **{'text/html': '<audio controls>'}), '05_good')
     for later in ("if at_scale('slow'):\n    save_fig(fig, '05_good_what')", 'def on_click(_): play(wav, 16_000)'):
         assert not unshown(notebook(later), '05_good')
+
+
+def test_a_folded_answer_passes():
+    answer = '<details><summary>Answer</summary>The first.</details>'
+    for good in (('> **Predict:** which is larger? ' + answer,), ('> Predict it.', 'x = 1', '> ' + answer), ('> GPT-2 predicts tokens. What it may predict, before you know it.',)):
+        assert not unanswered(notebook(*good), '05_good'), good
+
+
+def test_large_text_and_other_sizes_pass():
+    for good in ('ax.legend(fontsize=8)', "ax.tick_params(labelsize='small')", 'ax.set_title(name, size=9)', 'rng.normal(size=5)', 'dict(size=x.shape[1])'):
+        assert not small_text(notebook(good), '05_good'), good
 
 
 def test_numbers_are_compared_as_they_are_rounded(tmp_path):

@@ -23,6 +23,7 @@ from audiorepro.unet import UNetConfig
 from audiorepro.vae import VAE
 
 from layouts import below, error, official_vae, randn, randomise
+from standins import make_tokenizers
 
 FILMS = (None, 'concat', 'scale_shift')
 
@@ -372,7 +373,6 @@ DDCONFIG = dict(ch=32, ch_mult=[1, 1, 2], z_channels=8, num_res_blocks=1)
 
 def tango_folder(folder, parts, main={}, stft={}, vae={}):
     import librosa
-    from audiorepro.public import make_tokenizers
     folder.mkdir()
     for name, values in dict(main=MAIN | main, stft=STFT | stft, vae=dict(ddconfig=DDCONFIG, scale_factor=.75) | vae).items():
         (folder/f'{name}_config.json').write_text(json.dumps(values))
@@ -392,7 +392,6 @@ def parts(): return libraries()
 @pytest.mark.parametrize('form', ['bin', 'safetensors'])
 def test_published_folder_speaks_like_the_libraries(parts, form, tmp_path):
     "Prompt to waveform: T5, guided ancestral walk, scale, decoder, vocoder"
-    from audiorepro.public import make_tokenizers
     folder = tango_folder(tmp_path/'tango', parts)
     if form == 'safetensors':
         convert(folder, tmp_path/'plain')
