@@ -93,7 +93,8 @@ def small_world(tmp_path, monkeypatch):
         save_audio(tmp_path/f'data/audiocaps/audio/train/clip{i}_0.wav', wav, 16_000)
         rows.append(f'{i},clip{i},0,{names[i]},"a dog barks, then rain falls"')
     for split in ('train', 'val'): (tmp_path/f'data/audiocaps/{split}.csv').write_text('\n'.join(rows) + '\n')
-    (tmp_path/'data/audioset/captions.csv').write_text('\n'.join(['audio,caption'] + [f'{n},a dog barks' for n in names]) + '\n')
+    for file in ('captions.csv', 'captions_0.45.csv'):
+        (tmp_path/'data/audioset'/file).write_text('\n'.join(['audio,caption'] + [f'{n},a dog barks' for n in names]) + '\n')
     monkeypatch.setattr(vae.VAEConfig, 'audioldm', classmethod(lambda cls: TINY['vae']()))
     monkeypatch.setattr(audiomae.AudioMAEConfig, 'audiomae', classmethod(lambda cls: TINY['audiomae']()))
     monkeypatch.setattr(unet.UNetConfig, 'audioldm2', classmethod(lambda cls: TINY['unet']((None, 32, 16))))
@@ -141,7 +142,7 @@ TRAINING = [c for c in gated_cells('gpu') if re.search(r'\bfit\(|run_recipe\(|Da
 
 
 def test_every_training_lesson_has_its_cell():
-    wanted = {'30_vae', '32_vocoder', '33_audiomae', '43_ldm', '52_loa', '53_audioldm2', '60b_codec_training', '71_tango', '61_tokenlm'}
+    wanted = {'30_vae', '32_vocoder', '33_audiomae', '43_ldm', '52_loa', '53_audioldm2', '60b_codec_training', '71_tango', '72_threshold', '61_tokenlm'}
     assert wanted <= {stem for stem, *_ in TRAINING}, [c[0] for c in TRAINING]
 
 

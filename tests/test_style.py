@@ -433,7 +433,7 @@ BAD = [
       'fig.legend(prop=dict(size=6))', "plt.rcParams['xtick.labelsize'] = 7", "plt.rcParams.update({'font.size': 6})", 'ax.legend(fontsize=9 if wide else 6)')),
     (bare_comparisons, notebook('assert True\nabs(a - b).max() > .01')), (bare_comparisons, notebook('np.allclose(a, b)')),
     (bare_comparisons, notebook('for a, b in pairs:\n    torch.equal(a, b)')),
-    (missing_lessons, notebook('# As lesson 91 measures')), (missing_lessons, notebook('# Made in lessons 40 and 72')),
+    (missing_lessons, notebook('# As lesson 91 measures')), (missing_lessons, notebook('# Made in lessons 40 and 74')),
     (unfounded_numbers, notebook('print(loss)', '> The loss falls to 0.80.')), (unfounded_numbers, notebook('print(loss)', '> 43% are right.')),
     (unfounded_numbers, notebook('print(2_540_000)', '> It has 3.4 million weights.')),
 ]
