@@ -168,8 +168,24 @@ def ablated(
     system.loa.model.load_state_dict(loa.state_dict())
     return system
 
-def new_gpt2(hears, seed):
-    "GPT-2 with first weights of a seed"
+def new_gpt2(
+    hears:tuple, # see `Ablation`
+    seed:int, # of the first weights
+)->LOAModel: # untrained
+    """GPT-2 with first weights of a seed
+
+    Parameters
+    ----------
+    hears : tuple
+        see `Ablation`
+    seed : int
+        of the first weights
+
+    Returns
+    -------
+    LOAModel
+        untrained
+    """
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         return LOAModel(replace(LOAConfig.toy(), cond_dims=(128,)*len(hears)))
@@ -202,8 +218,30 @@ def row_tensors(
     tensors = loa_tensors(toy, ear, clap, TextAndWords(t5), unknown_share=.08)
     return tensors | dict(z_0=true_latents(toy, vae))
 
-def gpt2_loss(model, batch, ctx, hears):
-    "Regression of the LOA from what the row hears (lesson 52)"
+def gpt2_loss(
+    model:LOAModel, # trained
+    batch:dict, # of `row_tensors`
+    ctx, # its `generator` draws the input noise
+    hears:tuple, # see `Ablation`
+)->dict: # `loss`
+    """Regression of the LOA from what the row hears (lesson 52)
+
+    Parameters
+    ----------
+    model : LOAModel
+        trained
+    batch : dict
+        of `row_tensors`
+    ctx
+        its `generator` draws the input noise
+    hears : tuple
+        see `Ablation`
+
+    Returns
+    -------
+    dict
+        `loss`
+    """
     truth = batch['loa'].float()
     return dict(loss=loa_criterion(model(told(loa_conditions(batch), hears), truth, ctx.generator), truth))
 
@@ -374,8 +412,8 @@ def ablation_score(
     key = seed, clips, family, gpt2_steps, parts, sources
     with torch.enable_grad():
         gpt2 = train_once('row_gpt2', lambda: gpt2_recipe(hears, seed, gpt2_steps, weights, **data), (hears, *key))
-        folder = train_once('row', lambda: row_recipe(row, LOAModel.from_pretrained(gpt2), seed, steps, weights, **data),
-                            (row, steps, *key))
+        def make(): return row_recipe(row, LOAModel.from_pretrained(gpt2), seed, steps, weights, **data)
+        folder = train_once('row', make, (row, steps, *key))
     done = folder/f'measures_{asked}_{n}.json'
     if not done.exists():
         text = json.dumps(measure_row(AblatedSystem.from_pretrained(folder), n, seed, asked, weights)).encode()

@@ -34,7 +34,8 @@ def read_prompts(
     """
     from audiorepro.text import check_prompt
     if not Path(path).is_file(): raise ValueError(f"{path} is no file that can be read")
-    if (size := Path(path).stat().st_size) > 2**20: raise ValueError(f"{path} must be at most 1 MiB, got {size:,} bytes")
+    if (size := Path(path).stat().st_size) > 2**20:
+        raise ValueError(f"{path} must be at most 1 MiB, got {size:,} bytes")
     try: lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not a text file in UTF-8: {e.reason} at byte {e.start}") from e

@@ -274,6 +274,16 @@ WRONG_ANSWERS = [
                         '    return sum(heard[i] for i in draws)/len(draws)'),  # chosen by the mark
     ('54_ablations', 3, 'def errors(a, b): return ((np.var(a, ddof=1) + np.var(b, ddof=1))/len(a))**.5, (np.asarray(a) - b).std(ddof=1)'),  # no root of n
     ('54_ablations', 3, 'def errors(a, b): return (np.std(a, ddof=1) + np.std(b, ddof=1))/len(a)**.5, (np.asarray(a) - b).std(ddof=1)/len(a)**.5'),  # deviations added
+    ('72_threshold', 1, 'def steps_for(captions, rounds, batch=128): return max(1, int(captions*rounds/batch))'),  # rounded down
+    ('72_threshold', 2, 'def same_amount(rows, tau, rng):\n    count = sum(r["score"] >= tau for r in rows if r["rank"] <= 3)\n'
+                        '    return [rows[i] for i in rng.choice(len(rows), count, replace=False)]'),  # from all ranks
+    ('72_threshold', 2, 'def same_amount(rows, tau, rng):\n    best = [r for r in rows if r["rank"] <= 3]\n'
+                        '    return [best[i] for i in rng.integers(len(best), size=sum(r["score"] >= tau for r in best))]'),  # some twice
+    ('72_threshold', 3, 'def hill(errors):\n    inner = 1 + int(errors[1:-1].mean(1).argmin())\n'
+                        '    return inner if all(seed_interval(errors[e] - errors[inner])[0] > 0 for e in (0, -1)) else None'),  # chosen and tested on the same seeds
+    ('72_threshold', 3, 'def hill(errors):\n    inner = 1 + int(errors[1:-1, ::2].mean(1).argmin())\n'
+                        '    a, b = seed_interval(errors[inner, 1::2]), [seed_interval(errors[e, 1::2]) for e in (0, -1)]\n'
+                        '    return inner if all(a[1] < x[0] for x in b) else None'),  # not paired
     ('43_ldm', 1, 'predicted = dict(mean_tokens=170, informed_8=.25, silent=1.)'),
     ('43_ldm', 2, 'def between(a, b, share): return (1 - share)*a + share*b'),  # the straight line
     ('43_ldm', 2, 'def between(a, b, share):\n    z = (1 - share)*a + share*b\n    return z/z.std()'),  # one factor for the batch
@@ -428,13 +438,77 @@ WRONG_ANSWERS = [
                  '    wide = max((k - 1)//2*sum(d + 1 for d in ds) for k, ds in zip(cfg.resblock_kernels, cfg.resblock_dilations))\n'
                  '    low, high = sample - 3, sample + 3\n    for rate, kernel in reversed(list(zip(cfg.upsample_rates, cfg.upsample_kernels))):\n'
                  '        low, high = (low - wide)//rate, (high + wide)//rate\n    return max(0, low - 3), min(frames - 1, high + 3)'),
-    ('72_threshold', 1, 'def steps_for(captions, rounds, batch=128): return max(1, int(captions*rounds/batch))'),  # rounded down
-    ('72_threshold', 2, 'def same_amount(rows, tau, rng):\n    count = sum(r["score"] >= tau for r in rows if r["rank"] <= 3)\n'
-                        '    return [rows[i] for i in rng.choice(len(rows), count, replace=False)]'),  # from all ranks
-    ('72_threshold', 2, 'def same_amount(rows, tau, rng):\n    best = [r for r in rows if r["rank"] <= 3]\n'
-                        '    return [best[i] for i in rng.integers(len(best), size=sum(r["score"] >= tau for r in best))]'),  # some twice
-    ('72_threshold', 3, 'def hill(errors):\n    inner = 1 + int(errors[1:-1].mean(1).argmin())\n'
-                        '    return inner if all(seed_interval(errors[e] - errors[inner])[0] > 0 for e in (0, -1)) else None'),  # chosen and tested on the same seeds
-    ('72_threshold', 3, 'def hill(errors):\n    inner = 1 + int(errors[1:-1, ::2].mean(1).argmin())\n'
-                        '    a, b = seed_interval(errors[inner, 1::2]), [seed_interval(errors[e, 1::2]) for e in (0, -1)]\n'
-                        '    return inner if all(a[1] < x[0] for x in b) else None'),  # not paired
+    ('25_scores', 1, 'def in_a_row(share): return math.ceil(3/(1 - share))'),  # the rule of three
+    ('25_scores', 1, 'def in_a_row(share): return math.ceil(math.log(.025)/math.log(share))'),  # another interval
+    ('25_scores', 1, 'def in_a_row(share): return math.ceil(1.96**2*share/(1 - share)) + 1'),  # one too many
+    ('25_scores', 2, 'def three_sets(ids, n, seed):\n    if len(set(ids)) < 3*n: raise ValueError\n    rng, ids = np.random.default_rng(seed), sorted(set(ids))\n'
+                     '    return [list(rng.choice(ids, n, replace=False)) for _ in range(3)]'),  # three draws that overlap
+    ('25_scores', 2, 'def three_sets(ids, n, seed):\n    ids = list(dict.fromkeys(ids))\n    if len(ids) < 3*n: raise ValueError\n'
+                     '    np.random.default_rng(seed).shuffle(ids)\n    return ids[:n], ids[n:2*n], ids[2*n:3*n]'),  # the folder's order counts
+    ('25_scores', 2, 'def three_sets(ids, n, seed):\n    ids = sorted(set(ids))\n    if len(ids) < 3*n: raise ValueError\n'
+                     '    np.random.seed(seed); np.random.shuffle(ids)\n    return ids[:n], ids[n:2*n], ids[2*n:3*n]'),  # the global state
+    ('25_scores', 2, 'def three_sets(ids, n, seed):\n    ids = sorted(ids)\n    if len(ids) < 3*n: raise ValueError\n'
+                     '    np.random.default_rng(seed).shuffle(ids)\n    return ids[:n], ids[n:2*n], ids[2*n:3*n]'),  # doubles
+    ('25_scores', 2, 'def three_sets(ids, n, seed):\n    ids = sorted(set(ids))\n    np.random.default_rng(seed).shuffle(ids)\n    return ids[:n], ids[n:2*n], ids[2*n:3*n]'),  # too few are cut short
+    ('25_scores', 2, 'def three_sets(ids, n, seed):\n    ids = sorted(set(ids))\n    if len(ids) < 3*n: raise ValueError\n'
+                     '    ids = ids[seed:] + ids[:seed]\n    return ids[:n], ids[n:2*n], ids[2*n:3*n]'),  # moved, not drawn: 400 seeds are not 100 places
+    ('25_scores', 3, 'def repaired(value, draws, level=.95): return np.quantile(draws, ((1 - level)/2, (1 + level)/2))'),  # as they are
+    ('25_scores', 3, 'def repaired(value, draws, level=.95):\n    z = {.95: 1.96, .5: .6745}[level]*np.std(draws)\n    return max(0., value - z), max(0., value + z)'),  # the tails evened out
+    ('25_scores', 3, 'def repaired(value, draws, level=.95):\n    low, high = np.quantile(draws, ((1 - level)/2, (1 + level)/2)) - np.mean(draws)\n'
+                     '    return max(0., value - high), max(0., value - low)'),  # turned round
+    ('25_scores', 3, 'def repaired(value, draws, level=.95): return np.quantile(draws, ((1 - level)/2, (1 + level)/2)) + value - np.mean(draws)'),  # below zero
+    ('25_scores', 3, 'def repaired(value, draws, level=.95): return np.quantile(draws, (1 - level, level)) + value - np.mean(draws)'),  # one tail
+    ('57a_lora', 1, 'predicted = dict(square=8*768, fused=8*(768 + 2304), apart=3*8*(768 + 768), even=384, optimiser=98_304)'),
+    ('57a_lora', 1, 'predicted = dict(square=12_288, fused=36_864, apart=36_864, even=384, optimiser=98_304)'),
+    ('57a_lora', 1, 'predicted = dict(square=12_288, fused=24_576, apart=36_864, even=768, optimiser=49_152)'),
+    ('57a_lora', 2, 'def thin(delta, rank):\n    u, s, v = torch.linalg.svd(delta, full_matrices=False)\n    return s[:rank, None]*v[:rank], u[:, :rank]*s[:rank]'),  # twice
+    ('57a_lora', 2, 'def thin(delta, rank):\n    u, s, v = torch.linalg.svd(delta, full_matrices=False)\n    return v[-rank:], u[:, -rank:]*s[-rank:]'),  # the smallest
+    ('57a_lora', 2, 'def thin(delta, rank):\n    A = delta[:rank]\n    return A, delta @ torch.linalg.pinv(A)'),  # the first rows
+    ('57a_lora', 3, 'def widen(A, B, alpha, extra, generator):\n    return (torch.cat([A, torch.randn(extra, A.shape[1], generator=generator)]), torch.cat([B, torch.zeros(len(B), extra)], 1), alpha)'),
+    ('57a_lora', 3, 'def widen(A, B, alpha, extra, generator):\n    return (torch.cat([A, torch.zeros(extra, A.shape[1])]), torch.cat([B, torch.zeros(len(B), extra)], 1), alpha*(1 + extra/len(A)))'),  # dead for ever
+    ('57a_lora', 3, 'def widen(A, B, alpha, extra, generator):\n    rank = len(A)\n    return (torch.cat([A, torch.randn(extra, A.shape[1], generator=generator)])*((rank + extra)/rank), torch.cat([B, torch.zeros(len(B), extra)], 1), alpha)'),  # moved into A
+    ('57a_lora', 3, 'def widen(A, B, alpha, extra, generator):\n    row = torch.randn(1, A.shape[1], generator=generator)\n    return (torch.cat([A, row.expand(extra, -1)]), torch.cat([B, torch.zeros(len(B), extra)], 1), alpha*(1 + extra/len(A)))'),  # one direction, many times
+]
+
+
+def answer_with(stem, number, answer):
+    "Run one exercise of a solution notebook with another answer in the place of the solution"
+    names, replaced = {'__name__': '__main__'}, 0
+    for i, (heading, source, _) in enumerate(sections((ROOT/'nbs'/'solutions'/f'{stem}.ipynb').read_text())):
+        if heading and not heading.startswith(f'Exercise {number}'): continue
+        if lessons.BEGIN in source: source, replaced = answer, replaced + 1
+        run(source, names, f'{stem}, code cell {i}')
+    if replaced != 1: raise ValueError(f'{stem}, exercise {number}: {replaced} cells hold an answer')
+
+
+@pytest.mark.parametrize('stem, number, answer, hint', OTHER_ANSWERS, ids=[f'{s}-{n}' for s, n, _, _ in OTHER_ANSWERS])
+def test_other_right_answers_pass(stem, number, answer, hint):
+    "What the hints lead to passes the checks, whatever type it comes in"
+    text = (ROOT/'nbs'/'solutions'/f'{stem}.ipynb').read_text()
+    assert hint in ''.join(''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'markdown')
+    answer_with(stem, number, answer)
+
+
+@pytest.mark.parametrize('stem, number, answer', WRONG_ANSWERS, ids=[f'{s}-{n}' for s, n, _ in WRONG_ANSWERS])
+def test_wrong_answers_fail(stem, number, answer):
+    "A slip is told by an assert of the check, not by a crash"
+    with pytest.raises(AssertionError): answer_with(stem, number, answer)
+
+
+@by_name
+def test_each_exercise_says_what_it_asks(path):
+    cells = json.loads(path.read_text())['cells']
+    asked = [s for c in cells if c['cell_type'] == 'markdown' for s in [''.join(c['source'])] if s.startswith('## Exercise')]
+    assert 3 <= len(asked) <= 6
+    for text in asked:
+        for part in ('**Goal:**', '**Difficulty**', '**Time**', '**Needs**', '<details>'): assert part in text, (part, text[:60])
+    levels = [int(re.search(r'\*\*Difficulty\*\* ([1-5])', text)[1]) for text in asked]
+    assert levels == sorted(levels), 'in order of effort'
+
+
+def test_stub_maker():
+    cell = "#| exercise\ndef f(x):\n    ### BEGIN SOLUTION\n    return x\n    ### END SOLUTION\n\nf(1)"
+    assert lessons.stub(cell) == "#| exercise\ndef f(x):\n    raise NotImplementedError('your turn')\n\nf(1)"
+    assert lessons.stub('x = 1') == 'x = 1'
+    for bad in (cell.replace('    ### END', '### END'), cell.replace('### END SOLUTION', ''), cell.replace('#| exercise\n', '')):
+        with pytest.raises(ValueError): lessons.stub(bad)
