@@ -24,7 +24,7 @@ from .core import Config, make_generator, write_atomic
 from .datasets import toy_set
 from .judge import Judge
 from .ldm import true_latents
-from .loa import LOAConfig, LOAModel, loa_conditions, loa_criterion, loa_tensors
+from .loa import LOAConfig, LOAModel, loa_loss, loa_tensors
 from .metrics import frechet_from_features
 from .quality import make_clips
 from .sampling import Condition
@@ -224,7 +224,7 @@ def gpt2_loss(
     ctx, # its `generator` draws the input noise
     hears:tuple, # see `Ablation`
 )->dict: # `loss`
-    """Regression of the LOA from what the row hears (lesson 52)
+    """The loss of lesson 52, from what the row hears
 
     Parameters
     ----------
@@ -242,8 +242,7 @@ def gpt2_loss(
     dict
         `loss`
     """
-    truth = batch['loa'].float()
-    return dict(loss=loa_criterion(model(told(loa_conditions(batch), hears), truth, ctx.generator), truth))
+    return loa_loss(Hearing(model, hears), batch, ctx)
 
 def gpt2_recipe(
     hears:tuple, # see `Ablation`
