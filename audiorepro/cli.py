@@ -285,6 +285,12 @@ def _train_course(system, budget, only, fresh, ship, picture):
         print(f'{minutes:.1f} minutes; try: audiorepro say "a dog barks, then rain" --model {model}')
     return out_dir('weights')
 
+def _train_adapter(data, adapt, fresh, minutes, steps, **own):
+    "An adapter instead of all weights (lesson 57a)"
+    if minutes is not None: raise ValueError("minutes: an adapter takes steps")
+    train = importlib.import_module('audiorepro.lora').train_adapter
+    return train(data, adapt.pop('lora'), fresh=fresh, **adapt, **own, **(dict(steps=steps) if steps else {}))
+
 def train(
     budget:str='short', # 'short' (about half an hour on 2 free cores) or 'full' (hours)
     system:str='audioldm2', # 'audioldm2', 'tango', 'tokenlm' or 'all'
@@ -293,12 +299,15 @@ def train(
     ship:bool=False, # train the examiners too and copy everything into the package
     picture:bool=True, # draw or say the thread prompt when the system is complete; with data: own captions on the way
     data:str|None=None, # your own sounds: folder, table, .tar or saved data set; what follows belongs to it
-    from_:str='toy', # what to begin with: 'toy', 'mine', a folder of ours, or 'scratch'
-    out:str|None=None, # folder of the result, for `say --model`; by default out/own/NAME
+    from_:str='toy', # what to begin with: 'toy', 'mine', a folder of ours, 'scratch'; with lora also a published one
+    out:str|None=None, # folder of the result, for `say --model`; by default out/own/NAME, with lora out/own/NAME_adapter
     minutes:float|None=None, # length of the training, about; only with data
     steps:int|None=None, # how many steps to train; wins over minutes
     dry_run:bool=False, # report what the data hold, and stop
     columns:str|None=None, # names of a table's columns, sound first, then captions, such as file,text; by default found
+    lora:int|None=None, # with data: train an adapter of this rank and leave the rest frozen; 8 is usual
+    audiomae:str|None=None, # weights of AudioMAE, for an adapter on a published system
+    device:str='cpu', # where an adapter is trained: 'cpu', 'cuda', 'cuda:1', 'mps', 'auto'
 )->Path: # folder of the trained weights
     """Train a system at toy scale with the lessons' recipes, or finetune AudioLDM 2 on your own sounds (--data)
 
@@ -319,9 +328,9 @@ def train(
     data : str|None, default=None
         your own sounds: folder, table, .tar or saved data set; what follows belongs to it
     from_ : str, default='toy'
-        what to begin with: 'toy', 'mine', a folder of ours, or 'scratch'
+        what to begin with: 'toy', 'mine', a folder of ours, 'scratch'; with lora also a published one
     out : str|None, default=None
-        folder of the result, for `say --model`; by default out/own/NAME
+        folder of the result, for `say --model`; by default out/own/NAME, with lora out/own/NAME_adapter
     minutes : float|None, default=None
         length of the training, about; only with data
     steps : int|None, default=None
@@ -330,6 +339,12 @@ def train(
         report what the data hold, and stop
     columns : str|None, default=None
         names of a table's columns, sound first, then captions, such as file,text; by default found
+    lora : int|None, default=None
+        with data: train an adapter of this rank and leave the rest frozen; 8 is usual
+    audiomae : str|None, default=None
+        weights of AudioMAE, for an adapter on a published system
+    device : str, default='cpu'
+        where an adapter is trained: 'cpu', 'cuda', 'cuda:1', 'mps', 'auto'
 
     Returns
     -------
@@ -338,11 +353,14 @@ def train(
     """
     if budget not in ('short', 'full'): raise ValueError(f"budget must be 'short' or 'full', got {budget!r}")
     own = dict(from_=from_, out=out, minutes=minutes, steps=steps, dry_run=dry_run, columns=columns)
-    lost = [k.strip('_') for k, v in own.items() if v not in ('toy', None, False)]
+    adapt = dict(lora=lora, audiomae=audiomae, device=device)
+    lost = [k.strip('_') for k, v in (own | adapt).items() if v not in ('toy', 'cpu', None, False)]
     if data is None and lost: raise ValueError(f"{', '.join(lost)}: only with data")
     if data is None: return _train_course(system, budget, only, fresh, ship, picture)
     if only or ship or system != 'audioldm2':
         raise ValueError("system, only and ship belong to the course's recipes, not to data")
+    if lora is not None: return _train_adapter(data, adapt, fresh, **own)
+    if audiomae or device != 'cpu': raise ValueError("audiomae and device belong to an adapter (--lora 8)")
     train_own = importlib.import_module('audiorepro.own_data').train_own
     return train_own(data, budget=budget, fresh=fresh, pictures=3*picture, **own)
 

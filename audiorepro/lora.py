@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LORA_LAYERS', 'lora_layers', 'lora_parameters', 'add_lora', 'lora_state', 'merge_lora', 'remove_lora', 'save_lora',
-           'load_lora', 'training_memory', 'lora_recipe', 'published_lora_recipe', 'train_lora']
+           'load_lora', 'training_memory', 'lora_recipe', 'published_lora_recipe', 'train_lora', 'train_adapter',
+           'load_adapted']
 
 # %% ../nbs/57a_lora.ipynb #57a00003
-import json, math, re
+import hashlib, json, math, re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,14 @@ import torch
 from torch import nn
 
 from .audio import normalize
-from .audioldm2 import _frozen_batch, joint_loss
+from .audioldm2 import AudioLDM2, _frozen_batch, joint_loss
+from .checkpoints import read_json
 from .core import count_params, read_safetensors, write_atomic
 from .datasets import CaptionedAudio, collate
-from .guard import check_int, check_number, check_target
+from .guard import check_int, check_number, check_target, delete_folder
 from .mel import audiomae_input, log_mel
-from .own_data import Features, System, own_recipe
+from .own_data import Features, System, held_loss, load_system, own_recipe, split_clips
+from .own_data import _place_own, _read_own
 from .training import Recipe, TrainConfig, fit, loader_batches
 
 # %% ../nbs/57a_lora.ipynb #57a0000c
@@ -440,3 +443,128 @@ def train_lora(
                   progress=progress)
     save_lora(recipe.model, path)
     return history
+
+# %% ../nbs/57a_lora.ipynb #b38eec28
+def train_adapter(
+    data:str|Path, # folder, table, .tar or saved data set
+    rank:int=8, # see `add_lora`; alpha is twice that
+    from_:str|Path='toy', # what it goes onto: 'toy', 'mine', a folder of ours, a published folder or hub id
+    audiomae:str|Path|None=None, # weights of the AudioMAE of a published system
+    out:str|Path|None=None, # folder of the result; default out/own/NAME_adapter
+    steps:int=200, # of the optimiser
+    lr:float|None=None, # learning rate; None: 5e-3, on a published system 1e-4
+    seed:int=0, # of A, order, coins and noise
+    batch_size:int=4, # clips a step
+    fresh:bool=False, # forget what the folder holds
+    dry_run:bool=False, # stop after the report
+    columns:str|None=None, # of a table, where not found by themselves: 'SOUND,CAPTION' or 'SOUND,CAPTION,CAPTION,...'
+    audio_root:str|None=None, # of a table: folder of the files
+    device:str='cpu', # where to work: 'cpu', 'cuda', 'cuda:1', 'mps', 'auto'
+    progress:bool=True, # show a bar
+)->Path: # the folder, for `load_adapted` and `audiorepro say --model`
+    """Report, features and an adapter on your own sounds; goes on after a kill
+
+    Parameters
+    ----------
+    data : str|Path
+        folder, table, .tar or saved data set
+    rank : int, default=8
+        see `add_lora`; alpha is twice that
+    from_ : str|Path, default='toy'
+        what it goes onto: 'toy', 'mine', a folder of ours, a published folder or hub id
+    audiomae : str|Path|None, default=None
+        weights of the AudioMAE of a published system
+    out : str|Path|None, default=None
+        folder of the result; default out/own/NAME_adapter
+    steps : int, default=200
+        of the optimiser
+    lr : float|None, default=None
+        learning rate; None: 5e-3, on a published system 1e-4
+    seed : int, default=0
+        of A, order, coins and noise
+    batch_size : int, default=4
+        clips a step
+    fresh : bool, default=False
+        forget what the folder holds
+    dry_run : bool, default=False
+        stop after the report
+    columns : str|None, default=None
+        of a table, where not found by themselves: 'SOUND,CAPTION' or 'SOUND,CAPTION,CAPTION,...'
+    audio_root : str|None, default=None
+        of a table: folder of the files
+    device : str, default='cpu'
+        where to work: 'cpu', 'cuda', 'cuda:1', 'mps', 'auto'
+    progress : bool, default=True
+        show a bar
+
+    Returns
+    -------
+    Path
+        the folder, for `load_adapted` and `audiorepro say --model`
+    """
+    folder, named = _place_own(data, out, columns, '_adapter')
+    if from_ == 'scratch': raise ValueError("an adapter needs trained weights, got from 'scratch'")
+    system = load_system(from_, audiomae=audiomae, device=device)
+    check_int('steps', steps, 1, 10**8); _check_rank(rank, lora_layers(system.pipe.halves))
+    report, features, late = _read_own(data, system, dry_run, audio_root=audio_root, **named)
+    if dry_run: return folder
+    lr, base = lr or (1e-4 if system.published else 5e-3), str(Path(from_).resolve() if Path(from_).exists() else from_)
+    asked = dict(base=base, rank=rank, steps=steps, lr=lr, seed=seed, batch_size=batch_size, features=features.key)
+    if not fresh and _is_done(folder, asked): return folder
+    return _adapt(system, features, folder, asked, fresh, f'{report}{late}\n', progress)
+
+# %% ../nbs/57a_lora.ipynb #dd083463
+def _is_done(folder, asked):
+    "Has a call with these settings ended here? `ValueError` when one with other settings has"
+    if not (folder/'adapter.json').exists(): return False
+    kept = read_json(folder/'adapter.json')
+    if other := [f'{k} was {kept.get(k)} and is {v}' for k, v in asked.items() if kept.get(k) != v]:
+        raise ValueError(f"{folder} holds another adapter: {'; '.join(other)}; name another folder, or fresh=True")
+    print(f'{folder}: done before')
+    return True
+
+def _adapt(system, features, folder, asked, fresh, report, progress):
+    held = min(8, len(features)//10)
+    train, out = split_clips(features, held, asked['seed']) if held else (features, features)
+    recipe = lora_recipe(system, train, asked['steps'], asked['rank'], 2.*asked['rank'], asked['lr'], asked['seed'],
+                         asked['batch_size'])
+    if fresh: delete_folder(folder/'training')
+    training = folder/'training'/hashlib.sha256(repr(asked).encode()).hexdigest()[:10]
+    before = held_loss(system, out)                      # the adapter is still nothing
+    train_lora(recipe, folder/'adapter.safetensors', training, progress)
+    said = asked | dict(clips=len(features), held_out=held, before=before, after=(after := held_loss(system, out)))
+    write_atomic(folder/'report.txt', lambda f: f.write(report.encode()))
+    write_atomic(folder/'adapter.json', lambda f: f.write((json.dumps(said, indent=1) + '\n').encode()))
+    delete_folder(folder/'training')
+    print(f"{len(out)} clips {'held out' if held else 'trained on'}: " + ', '.join(
+        f"{k.removeprefix('held_')} loss {before[k]:.3f} -> {v:.3f}" for k, v in after.items()))
+    print(f'to hear it: audiorepro say "{features.captions[0][0]}" --model {folder}')
+    return folder
+
+def load_adapted(
+    folder:str|Path, # of `train_adapter`
+    device='cpu', # where the parts go
+    dtype:torch.dtype=torch.float32, # of the weights, after the change was added in float32
+)->AudioLDM2: # the base, changed
+    """Base and adapter as one system; `ValueError` when the base is not what the adapter was made for
+
+    Parameters
+    ----------
+    folder : str|Path
+        of `train_adapter`
+    device : default='cpu'
+        where the parts go
+    dtype : torch.dtype, default=torch.float32
+        of the weights, after the change was added in float32
+
+    Returns
+    -------
+    AudioLDM2
+        the base, changed
+    """
+    note = Path(folder)/'adapter.json'
+    base = read_json(note).get('base')
+    if not isinstance(base, str) or not base: raise ValueError(f"{note} must name the base, got {base!r}")
+    pipe = AudioLDM2.from_pretrained(base, device)
+    merge_lora(load_lora(pipe.halves, Path(folder)/'adapter.safetensors')).eval()
+    return pipe.to(dtype=dtype)

@@ -18,11 +18,11 @@ from types import SimpleNamespace
 import numpy as np, torch, torch.nn.functional as F
 from tqdm.auto import tqdm
 
-from .audio import fit_length, level_db, load_audio, plot_mels, save_audio
+from .audio import fit_length, level_db, load_audio, normalize, plot_mels, save_audio
 from .audiomae import AudioMAE
 from .audioldm2 import AudioLDM2, TextToLatent, joint_loss
 from .core import make_generator, out_dir, read_safetensors, write_atomic
-from .guard import check_int, check_number, check_target, delete_folder
+from .guard import as_device, check_int, check_number, check_target, delete_folder
 from .inventory import Inventory, find_source, take_inventory
 from .mel import FbankConfig, audiomae_input, log_mel
 from .public import find_pipeline
@@ -41,10 +41,13 @@ class System:
         makes the targets of GPT-2
     name : str
         what it was loaded from
+    published : bool, default=False
+        of the paper's layout: sounds are prepared as there
     """
     pipe:AudioLDM2      # see lesson 53
     audiomae:AudioMAE   # makes the targets of GPT-2
     name:str            # what it was loaded from
+    published:bool=False # of the paper's layout: sounds are prepared as there
 
     @property
     def fbank(self): # front end of AudioMAE
@@ -64,11 +67,20 @@ class System:
         for part in (self.pipe.clap, self.pipe.t5, self.pipe.vae, self.audiomae):
             part.save_pretrained(f'{folder}/{part.component}', torch.float16)
 
+def _check_targets(mae, cfg):
+    "Does this AudioMAE make what this GPT-2 writes?"
+    count = math.prod(max(1, side//cfg.lam) for side in mae.grid)
+    made, wanted = (count, mae.dim), (cfg.loa.num_tokens, cfg.loa.gpt2.dim)
+    if made != wanted:
+        raise ValueError(f"audiomae makes {made[0]} vectors of {made[1]} at lambda {cfg.lam}, GPT-2 writes {wanted[0]} of {wanted[1]}")
+
 def load_system(
     name:str|Path='toy', # 'toy', 'mine', a folder that `finetune` wrote, or 'scratch'
     seed:int=0, # of the first weights of 'scratch'
-)->System: # on the CPU
-    """Load what training needs
+    audiomae:str|Path|None=None, # weights of the AudioMAE of a published system
+    device='cpu', # where the parts go
+)->System: # in float32
+    """Load what training needs; a published system comes from a folder or a hub id
 
     Parameters
     ----------
@@ -76,20 +88,29 @@ def load_system(
         'toy', 'mine', a folder that `finetune` wrote, or 'scratch'
     seed : int, default=0
         of the first weights of 'scratch'
+    audiomae : str|Path|None, default=None
+        weights of the AudioMAE of a published system
+    device : default='cpu'
+        where the parts go
 
     Returns
     -------
     System
-        on the CPU
+        in float32
     """
-    source = 'toy' if str(name) == 'scratch' else name
-    if find_pipeline(source): raise ValueError(f"{name} is a published system: see `paper_recipe` of lesson 53")
-    pipe = AudioLDM2.from_pretrained(source)
+    source, device = 'toy' if str(name) == 'scratch' else name, as_device(device)
+    published = find_pipeline(source) is not None
+    if published and audiomae is None:
+        raise ValueError(f"{name} is a published system without an AudioMAE, which makes the targets: name one (audiomae)")
+    if audiomae and not published: raise ValueError(f"audiomae is for published systems, {name} has its own")
+    mae = AudioMAE.from_pretrained(audiomae or f'{source}/audiomae', device)
+    pipe = AudioLDM2.from_pretrained(source, device)
+    _check_targets(mae.cfg, pipe.cfg)
     if str(name) == 'scratch':
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)
             pipe.halves = TextToLatent(pipe.cfg)
-    return System(pipe, AudioMAE.from_pretrained(f'{source}/audiomae'), str(name))
+    return System(pipe, mae, str(name), published)
 
 # %% ../nbs/57_own_data.ipynb #57a00015
 def inspect_data(
@@ -115,7 +136,8 @@ def inspect_data(
     """
     system = system if isinstance(system, System) else load_system(system)
     cfg = system.pipe.cfg
-    return take_inventory(path, cfg.mel.sample_rate, cfg.clip_seconds, system.pipe.t5.tokenizer, **options)
+    tokenizer = None if system.published else system.pipe.t5.tokenizer       # theirs spells any word
+    return take_inventory(path, cfg.mel.sample_rate, cfg.clip_seconds, tokenizer, **options)
 
 # %% ../nbs/57_own_data.ipynb #57a00018
 _PART = 256  # clips in a file of features
@@ -134,7 +156,8 @@ def _settings_key(system, seed):
     cfg = system.pipe.cfg
     h = hashlib.sha256(f'{seed} {cfg.mel} {system.fbank} {cfg.clip_seconds} {cfg.lam}'.encode())
     for part in (system.pipe.vae, system.audiomae, system.pipe.clap, system.pipe.t5):
-        for v in part.state_dict().values(): h.update(v.cpu().contiguous().numpy().tobytes())
+        state = getattr(part, 'model', part).state_dict()     # of a published encoder: that of its network
+        for v in state.values(): h.update(v.cpu().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 def _window(place, rate, samples):
@@ -156,16 +179,17 @@ def _make_part(system, places, seed, batch_size=16):
             try: wavs.append(_window(place, cfg.mel.sample_rate, samples)); kept.append(place)
             except (ValueError, OSError) as e: left_out.append((place.name, str(e).replace(place.file, '').strip()))
         if not wavs: continue
-        wav = torch.cat(wavs)  # (b, samples)
-        z.append(pipe.vae.to_latent(log_mel(wav, cfg.mel), generator).half())
-        loa.append(system.audiomae.loa(audiomae_input(wav, system.fbank), cfg.lam).half())
+        wav = torch.cat(wavs).to(system.audiomae.device)  # (b, samples)
+        if system.published: wav = normalize(wav)         # AudioLDM's preparation
+        z.append(pipe.vae.to_latent(log_mel(wav, cfg.mel), generator).half().cpu())
+        loa.append(system.audiomae.loa(audiomae_input(wav, system.fbank), cfg.lam).half().cpu())
     texts = [t for p in kept for t in p.captions]
     first = torch.tensor([0, *np.cumsum([len(p.captions) for p in kept])])
     words = dict(names=[p.name for p in kept], captions=[p.captions for p in kept], left_out=left_out)
     if not kept: return dict(first=first), words
     t5, mask = pipe.t5.encode(texts)
-    return dict(z_0=torch.cat(z), loa=torch.cat(loa), clap=pipe.clap.encode_text(texts)[:, None].half(), t5=t5.half(),
-                t5_mask=mask, first=first), words
+    return dict(z_0=torch.cat(z), loa=torch.cat(loa), clap=pipe.clap.encode_text(texts)[:, None].half().cpu(),
+                t5=t5.half().cpu(), t5_mask=mask.cpu(), first=first), words
 
 # %% ../nbs/57_own_data.ipynb #57a00021
 @dataclass
@@ -447,7 +471,7 @@ def own_recipe(
         for `run_recipe`
     """
     is_new, third = system.name == 'scratch', max(1, -(-steps//3))
-    loss = partial(joint_loss, t5_null=system.pipe.t5.encode(['']), drop_one_prob=.3)
+    loss = partial(joint_loss, t5_null=system.pipe.t5.encode(['']), drop_one_prob=.3*(not system.published))
     cfg = TrainConfig(steps, lr or (1e-3 if is_new else 5e-4), warmup_steps=min(steps//10, 100), schedule='cosine',
                       ema_decay=.998 if is_new else None, bf16=True, seed=seed, log_every=max(1, min(50, steps//10)),
                       save_every=max(1, min(50, steps//4)), eval_every=third)
@@ -566,6 +590,7 @@ def finetune(
         also saved in `folder`, with `progress/` and `plan.json`
     """
     system, folder = system if isinstance(system, System) else load_system(system, seed), Path(folder)
+    if system.published: raise ValueError(f"{system.name} is a published system: train an adapter (lesson 57a)")
     held = min(8, len(features)//10) if held is None else check_int('held', held, 0, len(features) - 2)
     asked = _asked(features, system, steps, minutes, budget, seed=seed, lr=lr, batch_size=batch_size, held=held)
     plan = _read_plan(folder, asked, fresh)
@@ -587,6 +612,25 @@ def finetune(
     return system.pipe
 
 # %% ../nbs/57_own_data.ipynb #57a00061
+def _place_own(data, out, columns, ending=''):
+    "Folder of the result, tried, and what `inspect_data` is told of the columns"
+    place, named = find_source(data) and Path(data).resolve(), [c.strip() for c in (columns or '').split(',')]
+    if columns and len(named) < 2: raise ValueError(f"columns must be 'SOUND,CAPTION', got {columns!r}")
+    folder = Path(out) if out else out_dir('own')/((place.stem if place.is_file() else place.name) + ending)
+    check_target(folder/'report.txt')
+    return folder, dict(audio_column=named[0] or None, caption_columns=tuple(named[1:]))
+
+def _read_own(data, system, dry_run, **options):
+    "Print the report, make the features (none for a dry run), and say what only decoding told"
+    report = inspect_data(data, system, **options)
+    print(report, flush=True)
+    if dry_run: return report, None, ''
+    if not len(report): raise ValueError(f"{data} holds no clip that can be used; the report says why")
+    features = cache_features(report, system, progress=True)
+    late = ''.join(f'\n  left out when decoded: {name}: {reason}' for name, reason in features.left_out)
+    if late: print(late.strip('\n'))
+    return report, features, late
+
 def train_own(
     data:str|Path, # folder, table, .tar or saved data set
     from_:str='toy', # what to begin with, see `load_system`
@@ -620,18 +664,12 @@ def train_own(
     Path
         the folder
     """
-    place, named = find_source(data) and Path(data).resolve(), [c.strip() for c in (columns or '').split(',')]
-    if columns and len(named) < 2: raise ValueError(f"columns must be 'SOUND,CAPTION', got {columns!r}")
-    folder = Path(out) if out else out_dir('own')/(place.stem if place.is_file() else place.name)
-    check_target(folder/'report.txt')
-    system, column = load_system(from_), named[0] or None
-    report = inspect_data(data, system, audio_column=column, caption_columns=tuple(named[1:]), audio_root=audio_root)
-    print(report, flush=True)
+    folder, named = _place_own(data, out, columns)
+    if find_pipeline('toy' if from_ == 'scratch' else from_):
+        raise ValueError(f"{from_} is a published system: an adapter can be trained on it (lora, audiomae)")
+    system = load_system(from_)
+    report, features, late = _read_own(data, system, dry_run, audio_root=audio_root, **named)
     if dry_run: return folder
-    if not len(report): raise ValueError(f"{data} holds no clip that can be used; the report says why")
-    features = cache_features(report, system, progress=True)
-    late = ''.join(f'\n  left out when decoded: {name}: {reason}' for name, reason in features.left_out)
-    if late: print(late.strip('\n'))
     finetune(features, folder, system, **options)
     write_atomic(folder/'report.txt', lambda f: f.write(f'{report}{late}\n'.encode()))
     print(f'to hear it: audiorepro say "{features.captions[0][0]}" --model {folder}')

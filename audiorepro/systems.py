@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .audioldm2 import AudioLDM2
 from .checkpoints import read_json
+from .lora import load_adapted
 from .pipeline import Pipeline
 from .tango import Tango
 from .tango_files import load_tango
@@ -40,6 +41,7 @@ def find_system(
     """
     if known := re.fullmatch('(toy|mine)(|-tango|-lm)', str(name)): return _OURS[known[2]].from_pretrained, known[1]
     folder = Path(name)
+    if (folder/'adapter.json').is_file(): return load_adapted, folder
     for part, kind in (('tango', Tango), ('tokenlm', TokenAudio)):
         if (folder/part/'config.json').is_file(): return kind.from_pretrained, folder
     is_hub_id = not folder.exists()

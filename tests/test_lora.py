@@ -17,10 +17,13 @@ from audiorepro import lora
 from audiorepro.audio import save_audio
 from audiorepro.audioldm2 import AudioLDM2, AudioLDM2Config, TextToLatent, generator_condition, joint_loss, latent_shape
 from audiorepro.audiomae import AudioMAE, AudioMAEConfig
+from audiorepro.cli import main
 from audiorepro.core import count_params, make_generator, save_json
 from audiorepro.loa import all_true, loa_conditions
 from audiorepro.lora import (LORA_LAYERS, add_lora, load_lora, lora_layers, lora_parameters, lora_state, merge_lora, remove_lora, save_lora, train_lora,
                              training_memory)
+from audiorepro.own_data import cache_features, inspect_data, load_system as load_base
+from audiorepro.systems import load_system as load_any
 from standins import random_pipeline
 from audiorepro.training import Recipe, TrainConfig
 from layouts import error
@@ -189,6 +192,63 @@ def test_the_cell_for_a_gpu_runs(tmp_path, monkeypatch):
     assert found and all(v.dtype == torch.float32 for v in found.values())
     assert any(v.abs().max() > 0 for k, v in found.items() if '.lora_B.' in k)
     assert next(names['pipe'].halves.parameters()).dtype == torch.bfloat16
+
+
+def small_mae(folder, patch=(16, 16)):
+    "An AudioMAE of random weights: with patches of 16 x 16 it makes 8 vectors at lambda 8, as the published one"
+    AudioMAE(AudioMAEConfig((1024, 128), patch, dim=24, depth=4, heads=2, decoder_dim=16, decoder_depth=1, decoder_heads=2)).save_pretrained(folder)
+
+
+def test_a_command_trains_an_adapter_on_a_published_folder(tmp_path, monkeypatch, capsys):
+    "From a folder of sounds to a file, and from the folder of the adapter to another sound; the base keeps its bytes"
+    monkeypatch.setenv('AUDIOREPRO_OUT', str(tmp_path/'out'))
+    random_pipeline(tmp_path/'base', 'tiny', seed=3)
+    small_mae(tmp_path/'mae')
+    for i in range(3):
+        save_audio(tmp_path/'data'/f'{i}.wav', .3*torch.sin(torch.arange(20_000)*(.02 + .02*i)), 16_000)
+        (tmp_path/'data'/f'{i}.txt').write_text('a dog barks')
+    base = {p: p.read_bytes() for p in (tmp_path/'base').rglob('*') if p.is_file()}
+    command = ['train', '--data', str(tmp_path/'data'), '--from', str(tmp_path/'base'), '--audiomae', str(tmp_path/'mae'), '--lora', '2']
+    assert main(command + ['--dry-run']) == 0 and not (tmp_path/'out'/'own'/'data_adapter'/'adapter.json').exists()
+    assert main(command + ['--steps', '6']) == 0
+    folder = tmp_path/'out'/'own'/'data_adapter'
+    assert sorted(p.name for p in folder.iterdir()) == ['adapter.json', 'adapter.safetensors', 'report.txt']
+    kept = json.loads((folder/'adapter.json').read_text())
+    assert (kept['base'], kept['rank'], kept['steps'], kept['lr'], kept['clips']) == (str(tmp_path/'base'), 2, 6, 1e-4, 3)
+    assert {p: p.read_bytes() for p in base} == base
+    pipe, plain = load_any(folder), AudioLDM2.from_pretrained(tmp_path/'base')
+    said = [p('a dog barks', seed=0, num_inference_steps=2, output='latents') for p in (pipe, plain)]
+    assert said[0].isfinite().all() and 1e-6 < error(*said) < .5
+    load_lora(plain.halves, folder/'adapter.safetensors')
+    assert error(plain('a dog barks', seed=0, num_inference_steps=2, output='latents'), said[0]) < 1e-4
+    for more, words in ((['--steps', '7'], 'steps was 6 and is 7'), (['--lora', '0'], 'rank must be'), (['--minutes', '1'], 'takes steps')):
+        assert main(command + more) == 2 and words in capsys.readouterr().err
+    assert main(command[:5]) == 2 and 'is a published system: an adapter can be trained' in capsys.readouterr().err
+    assert main(command[:5] + ['--lora', '2']) == 2 and 'published system without an AudioMAE' in capsys.readouterr().err
+
+
+def test_an_audiomae_that_does_not_fit(tmp_path):
+    "Two vectors of 24 where GPT-2 writes eight of 24: told before the data are read"
+    random_pipeline(tmp_path/'base', 'tiny')
+    small_mae(tmp_path/'mae', (64, 32))
+    with pytest.raises(ValueError, match=r'audiomae makes 2 vectors of 24 at lambda 8, GPT-2 writes 8 of 24'):
+        load_base(tmp_path/'base', audiomae=tmp_path/'mae')
+
+
+def test_features_of_a_published_system_are_prepared_as_there(tmp_path, monkeypatch):
+    "Mean removed and peak .5: a louder recording with an offset has the same features"
+    monkeypatch.setenv('AUDIOREPRO_OUT', str(tmp_path/'out'))
+    random_pipeline(tmp_path/'base', 'tiny', seed=3)
+    small_mae(tmp_path/'mae')
+    system, found = load_base(tmp_path/'base', audiomae=tmp_path/'mae'), []
+    samples = round(system.pipe.cfg.clip_seconds*system.pipe.cfg.mel.sample_rate)
+    wav = .3*torch.sin(torch.arange(samples)*.05)
+    for name, change in (('a', wav), ('b', .5*wav + .2)):
+        save_audio(tmp_path/name/'x.wav', change, 16_000)
+        (tmp_path/name/'x.txt').write_text('a dog barks')
+        found.append(cache_features(inspect_data(tmp_path/name, system), system))
+    a, b = (f.parts[0]['loa'].float() for f in found)
+    assert found[0].key != found[1].key and error(a, b) < .02
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
