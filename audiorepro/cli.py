@@ -271,7 +271,7 @@ def tour(
     print('your own:  audiorepro say "a bell rings, then footsteps" --out bell.wav\nthe course: make lab')
     return folder/'tour.png'
 
-# %% ../nbs/93_cli.ipynb #12ef5b7f
+# %% ../nbs/93_cli.ipynb #0f292055
 def _train_course(system, budget, only, fresh, ship, picture):
     "Train, then let the new system be heard"
     from audiorepro.core import out_dir
@@ -291,6 +291,7 @@ def _train_adapter(data, adapt, fresh, minutes, steps, **own):
     train = importlib.import_module('audiorepro.lora').train_adapter
     return train(data, adapt.pop('lora'), fresh=fresh, **adapt, **own, **(dict(steps=steps) if steps else {}))
 
+# %% ../nbs/93_cli.ipynb #12ef5b7f
 def train(
     budget:str='short', # 'short' (about half an hour on 2 free cores) or 'full' (hours)
     system:str='audioldm2', # 'audioldm2', 'tango', 'tokenlm' or 'all'
@@ -300,7 +301,7 @@ def train(
     picture:bool=True, # draw or say the thread prompt when the system is complete; with data: own captions on the way
     data:str|None=None, # your own sounds: folder, table, .tar or saved data set; what follows belongs to it
     from_:str='toy', # what to begin with: 'toy', 'mine', a folder of ours, 'scratch'; with lora also a published one
-    out:str|None=None, # folder of the result, for `say --model`; by default out/own/NAME, with lora out/own/NAME_adapter
+    out:str|None=None, # folder of the result, for `say --model`; default out/own/NAME, with lora out/own/NAME_adapter
     minutes:float|None=None, # length of the training, about; only with data
     steps:int|None=None, # how many steps to train; wins over minutes
     dry_run:bool=False, # report what the data hold, and stop
@@ -330,7 +331,7 @@ def train(
     from_ : str, default='toy'
         what to begin with: 'toy', 'mine', a folder of ours, 'scratch'; with lora also a published one
     out : str|None, default=None
-        folder of the result, for `say --model`; by default out/own/NAME, with lora out/own/NAME_adapter
+        folder of the result, for `say --model`; default out/own/NAME, with lora out/own/NAME_adapter
     minutes : float|None, default=None
         length of the training, about; only with data
     steps : int|None, default=None
