@@ -2,6 +2,7 @@
 
     python tests/lessons.py run            # every lesson and solution, each in a fresh kernel
     python tests/lessons.py run 12 33      # these numbers only
+    python tests/lessons.py tidy           # drop from kept outputs what no run should keep, without running anything
     python tests/lessons.py stale          # those whose outputs are older than their code, modules exported without docstrings
     python tests/lessons.py exercises      # make nbs/exercises from nbs/solutions
     python tests/lessons.py exercises --check  # only tell whether they are in step
@@ -15,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
 HASHES = NBS/'outputs.json'
 NOISE = re.compile(r'0x[0-9a-f]{6,}')
+REST = re.compile(r'[^\n]*\d+%\|[^\n]*\[[^\n]*\]|PosixPath\([^\n]*\)')  # left of a progress bar without its widget, and what `save_fig` returns
 
 
 def lessons(numbers=()):
@@ -52,7 +54,8 @@ def stale():
 
 
 def anonymous(text):
-    "Without addresses in memory, without the places of the checkout and of temporary folders"
+    "Without addresses in memory, without the places of the checkout, of `AUDIOREPRO_OUT` and of temporary folders"
+    if place := os.environ.get('AUDIOREPRO_OUT'): text = text.replace(str(Path(place).resolve()) + os.sep, f'out{os.sep}')
     text = NOISE.sub('0x…', text).replace(str(ROOT) + os.sep, '')
     return re.sub(re.escape(tempfile.gettempdir() + os.sep) + r'tmp\w+', '…', text)
 
@@ -71,10 +74,11 @@ def tidy(nb):
             if 'metadata' in out: out.metadata = {}
             if 'data' in out:
                 out.data.pop('application/vnd.jupyter.widget-view+json', None)
-                if not out.data: continue
+                if not out.data or set(out.data) == {'text/plain'} and REST.fullmatch(out.data['text/plain'].strip()): continue
                 if 'text/plain' in out.data: out.data['text/plain'] = anonymous(out.data['text/plain'])
             if out.output_type == 'stream': out.text = anonymous(out.text)
-            kept.append(out)
+            if kept and 'stream' == out.output_type == kept[-1].output_type: kept[-1].text += out.text  # one text, in however many pieces it came
+            else: kept.append(out)
         cell.outputs = kept
     return nb
 
@@ -89,6 +93,15 @@ def execute(path, timeout=900):
     path.write_text(json.dumps(tidy(nb), indent=1, ensure_ascii=False, sort_keys=True) + '\n')
     record_hash(path)
     return time.time() - start
+
+
+def tidy_kept(path):
+    "Tidy a notebook's kept outputs without running it; whether anything changed"
+    import nbformat
+    before = path.read_text()
+    after = json.dumps(tidy(nbformat.read(path, 4)), indent=1, ensure_ascii=False, sort_keys=True) + '\n'
+    if changed := json.loads(before) != json.loads(after): path.write_text(after)
+    return changed
 
 
 BEGIN, END = '### BEGIN SOLUTION', '### END SOLUTION'
@@ -127,7 +140,7 @@ def exercises(check=False):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=['run', 'stale', 'exercises'])
+    parser.add_argument('what', choices=['run', 'stale', 'tidy', 'exercises'])
     parser.add_argument('numbers', nargs='*', help='of lessons to run')
     parser.add_argument('--check', action='store_true', help='of exercises: write nothing, fail when they are out of step')
     args = parser.parse_args()
@@ -140,6 +153,7 @@ def main():
         if late: raise SystemExit(f"outputs older than code: {', '.join(late)}; run `make notebooks`")
         if bare := undressed(): raise SystemExit(f"exported by nbdev alone, without docstrings: {', '.join(bare)}; run `make export`")
         return print('all outputs belong to the present code, all docstrings to their signatures')
+    if args.what == 'tidy': return print('tidied:', ', '.join(key(p) for p in lessons(args.numbers) if tidy_kept(p)) or 'nothing')
     os.environ['AUDIOREPRO_KEEP'] = '1'  # pictures and results go into figures/, not to out/
     for path in lessons(args.numbers):
         print(f'{key(path)}: {execute(path):.1f} s', flush=True)

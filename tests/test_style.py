@@ -129,6 +129,15 @@ def error_outputs(nb, name):
     return [f'error output {o["ename"]}: {first_line(source(c))}' for c in nb['cells'] for o in c.get('outputs', []) if o['output_type'] == 'error']
 
 
+UNTIDY = re.compile(r'\d+%\||PosixPath\(|(?<![\w.…])/(?:root|home|Users|tmp|work)/')
+
+
+def untidy_outputs(nb, name):
+    "Kept outputs hold no progress bar, no path that a figure left behind, and no place of the machine they were made on"
+    texts = ((c, ''.join(t)) for c in nb['cells'] for o in c.get('outputs', []) for t in (o.get('text', ''), o.get('data', {}).get('text/plain', '')))
+    return [f'{found[0]!r} in the output of: {first_line(source(c))}' for c, t in texts if (found := UNTIDY.search(t))]
+
+
 def missing_figures(nb, name, figures=FIGURES):
     linked = [Path(link).name for text in prose(nb) for link in re.findall(r'!\[[^\]]*\]\(([^)\s]+)', text) if 'figures/' in link]
     saved = [n for c in code(nb) for n in re.findall(r"save_fig\([^)]*?'([\w.]+)'\)", c)]
@@ -283,9 +292,9 @@ def unfounded_numbers(nb, name, figures=FIGURES):
 DEBT = json.loads((Path(__file__).parent/'style_debt.json').read_text())
 
 RULES = [unknown_directive, directive_below_content, export_with_skip, title_first, stem_is_module, imports_mixed, missing_docments,
-         over_budget, bad_cell_ids, error_outputs, missing_figures, upward_imports, unshown, unexplained_figures,
+         over_budget, bad_cell_ids, error_outputs, untidy_outputs, missing_figures, upward_imports, unshown, unexplained_figures,
          unanswered, small_text, bare_comparisons, missing_lessons, unfounded_numbers]
-RULES_FOR_ALL = [unknown_directive, directive_below_content, bad_cell_ids, error_outputs, unshown, unanswered, small_text, bare_comparisons]
+RULES_FOR_ALL = [unknown_directive, directive_below_content, bad_cell_ids, error_outputs, untidy_outputs, unshown, unanswered, small_text, bare_comparisons]
 
 
 # --- rules about the whole project ----------------------------------------------------------------------------------
@@ -419,6 +428,8 @@ BAD = [
     (over_budget, notebook('#| export\n' + '\n'.join(f'def f{i}(): pass' for i in range(21)))),
     (bad_cell_ids, dict(cells=[dict(cell_type='code', source=[])])), (bad_cell_ids, dict(cells=[dict(cell_type='code', id='a', source=[])]*2)),
     (error_outputs, dict(cells=[dict(cell_type='code', id='a', source=['1/0'], outputs=[dict(output_type='error', ename='ZeroDivisionError')])])),
+    *((untidy_outputs, dict(cells=[dict(cell_type='code', id='a', source=['go()'], outputs=[dict(output_type='stream', name='stdout', text=bad)])]))
+      for bad in ('  0%|          | 0/2 [00:00<?, ?it/s]', "PosixPath('figures/05_bad_what.png')", 'saved to /home/somebody/out')),
     (missing_figures, notebook('![a claim](../figures/05_bad_never_made.png)')), (missing_figures, notebook("save_fig(fig, '05_bad_never_made')")),
     (upward_imports, notebook('#| default_exp bad', 'from audiorepro.diffusion import Schedule')),
     (upward_imports, notebook('#| default_exp bad', 'def f():\n    from audiorepro.unet import UNet')),
@@ -539,6 +550,18 @@ def test_changed_code_is_stale(tmp_path, monkeypatch):
     assert lessons.stale() == []
     path.write_text(json.dumps(notebook(TITLE, 'x = 2')))
     assert lessons.stale() == ['05_good']
+
+
+def test_kept_outputs_do_not_depend_on_the_run(tmp_path, monkeypatch):
+    "Bars go, one text stays one text in however many pieces it came, and places are named alike on every machine"
+    monkeypatch.setenv('AUDIOREPRO_OUT', str(tmp_path/'mine'))
+    said = lambda text, name='stdout': nbformat.v4.new_output('stream', name=name, text=text)
+    shown = lambda **data: nbformat.v4.new_output('display_data', data=data)
+    outputs = [said('one\n'), said('a warning', 'stderr'), said(f'saved to {(tmp_path/"mine").resolve()}/a.wav\n'),
+               shown(**{'text/plain': '  0%|          | 0/2 [00:00<?, ?it/s]'}), shown(**{'text/plain': '50%', 'image/png': 'x'}), said('two\n')]
+    [cell] = lessons.tidy(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('go()', outputs=outputs)])).cells
+    first, picture, last = cell.outputs
+    assert (first.text, last.text) == ('one\nsaved to out/a.wav\n', 'two\n') and picture.data['image/png'] == 'x'
 
 
 def test_heavy_import_fails(): assert slow_import('import torch')
