@@ -367,7 +367,7 @@ def generate(
         `(B, samples)` float32 in [-1, 1], or scaled latents `(B, C, T, F)`
     """
     prompts, seconds = as_texts(prompt, 'prompt', pipe.t5), audio_length_in_s
-    copies = check_int('num_waveforms_per_prompt', num_waveforms_per_prompt, 1)
+    copies = check_int('num_waveforms_per_prompt', num_waveforms_per_prompt, 1, 1000)
     check_sampling(pipe.cfg.schedule, num_inference_steps, guidance_scale, guidance_rescale, eta)
     if output not in ('wav', 'latents'): raise ValueError(f"output must be 'wav' or 'latents', got {output!r}")
     frames, samples = latent_frames(pipe.cfg, pipe.cfg.clip_seconds if seconds is None else seconds)

@@ -14,6 +14,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import Config, Model
+from .guard import check_int
 from .datasets import toy_set
 from .layers import TransformerBlock, sincos_2d
 from .training import Recipe, TrainConfig, tensor_batches
@@ -76,6 +77,7 @@ class AudioMAEConfig(Config):
     def __post_init__(self):
         if any(n % p for n, p in zip(self.input_size, self.patch_size)):
             raise ValueError(f"input_size={self.input_size} is not a multiple of patch_size={self.patch_size}")
+        check_int('number of patches', self.num_patches, 1, 2**14)
         if math.prod(self.position_grid or self.grid) != self.num_patches:
             raise ValueError(f"position_grid={self.position_grid} does not count {self.num_patches} patches")
 

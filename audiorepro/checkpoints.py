@@ -16,6 +16,7 @@ import numpy as np, torch
 from torch import Tensor
 
 from .core import WEIGHT_FILES, read_safetensors, write_atomic_folder
+from .guard import check_target
 
 # %% ../nbs/02_checkpoints.ipynb #e21cdf06
 LARGEST = 2**24  # bytes that names and settings may take; tensors lie elsewhere
@@ -389,10 +390,11 @@ def convert(
     """
     source, target, done = Path(source), Path(target), []
     if not source.exists(): raise FileNotFoundError(f"{source} does not exist")
-    if target.exists(): raise ValueError(f"{target} exists already: name a new folder")
+    if target.exists() or target.is_symlink(): raise ValueError(f"{target} exists already: name a new folder")
     files, pickles = sorted(source.rglob('*')) if source.is_dir() else [source], WEIGHT_FILES[1:]
     if not any(file.suffix in pickles for file in files):
         raise ValueError(f"{source} holds no weights to convert: no {', '.join(pickles)}")
+    check_target(target/'model.safetensors')
     def write(folder):
         for file in files:
             new = folder/file.relative_to(source if source.is_dir() else source.parent)
@@ -400,6 +402,7 @@ def convert(
             plain = new.with_name(_plain_name(new.name))
             if file.is_dir() or (file != source and file.with_name(plain.name).exists() and plain != new): continue
             if file.name.endswith('.bin.index.json'):
+                read_json(file)
                 plain.write_text(re.sub(r'"([\w.-]+\.bin)"', lambda m: f'"{_plain_name(m[1])}"', file.read_text()))
             elif file.suffix in pickles:
                 if plain.exists(): raise ValueError(f"{file} and another file would both become {plain.name}")

@@ -23,6 +23,7 @@ def _check_config(cfg):
     for name, known in (('pad_mode', ('reflect', 'constant')), ('shortcut', ('identity', 'conv'))):
         if getattr(cfg, name) not in known:
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {getattr(cfg, name)!r}")
+    for name in ('codebooks', 'codebook_size'): check_int(name, getattr(cfg, name), 1, 2**16)
     if not cfg.ratios or min(cfg.ratios) < 1: raise ValueError(f"ratios must be at least 1, got {cfg.ratios}")
     if cfg.filters % cfg.compress:
         raise ValueError(f"filters={cfg.filters} is not a multiple of compress={cfg.compress}")

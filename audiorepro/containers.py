@@ -114,7 +114,7 @@ def chunks(
 # %% ../nbs/03_containers.ipynb #388116ef
 def is_unknown(
     size:int, # in bytes, as in a header
-)->bool: # True for 0 and near 2^31, 2^32, 2^64 and 0x7F000000 (sox, for AIFF)
+)->bool: # True for 0 and near 2^31, 2^32, 2^63, 2^64 and 0x7F000000 (sox, for AIFF)
     """Tell a size that stands for 'until the end'
 
     Parameters
@@ -125,20 +125,23 @@ def is_unknown(
     Returns
     -------
     bool
-        True for 0 and near 2^31, 2^32, 2^64 and 0x7F000000 (sox, for AIFF)
+        True for 0 and near 2^31, 2^32, 2^63, 2^64 and 0x7F000000 (sox, for AIFF)
     """
-    return size == 0 or any(abs(size - top) <= 2**16 for top in (0x7F000000, 2**31, 2**32 - 1, 2**64 - 1))
+    return size == 0 or any(abs(size - top) <= 2**16 for top in (0x7F000000, 2**31, 2**32 - 1, 2**63, 2**64 - 1))
 
-def _promised(data, kind, start, pos, length, end=0):
+def _promised(data, kind, start, pos, length, end=0, is_torn=False):
     "A part whose header promises `length` bytes from byte `pos` on, and an end of the whole"
     size, end = len(data), max(end, pos + length)
     if is_unknown(length): return Part(kind, start, size, is_open=True)
     if pos + length > size:
         damage = f"its header promises {length} bytes of sound, {max(size - pos, 0)} are there"
         return Part(kind, start, size, damage=damage)
-    is_more = size - end > min(2**16, length//8) or data[end:end + 4] == data[start:start + 4]  # less is padding
+    is_far = size - end > min(2**16, length//8)  # less is padding
+    is_more = is_torn or is_far or data[end:end + 4] == data[start:start + 4]
     return Part(kind, start, size, surplus=size - end if is_more else 0)
 
+
+# %% ../nbs/03_containers.ipynb #bdae5e92
 def _is_name(chunk): return chunk[0][:4].isascii() and chunk[0][:4].decode().isprintable()
 
 def _chunk_part(data, start=0):
@@ -152,16 +155,19 @@ def _chunk_part(data, start=0):
     is_list = inside and abs(sum(inside[-1][1:]) - end) <= 8 and all(map(_is_name, inside))
     for name, pos, length in found:
         if name in (layout.data, b'BODY') and not (length == 0 and is_list and end >= size):
-            return _promised(data, layout.kind, start, pos, length, end if is_list else 0)
+            after = pos + length
+            is_torn = not is_list and after + 8 < end <= size and data[after:min(end, after + 2**16)].strip(b'\0')
+            return _promised(data, layout.kind, start, pos, length, end if is_list else 0, bool(is_torn))
     return Part(layout.kind, start, size)
 
-def _chunk_parts(data):
+def _chunk_parts(data, pos=0):
     "One part for each of joined files"
-    parts = [_chunk_part(data)]
-    while parts[-1].surplus and data[(end := len(data) - parts[-1].surplus):end + 4] == data[:4]:
+    parts = [_chunk_part(data, pos)]
+    while parts[-1].surplus and data[(end := len(data) - parts[-1].surplus):end + 4] == data[pos:pos + 4]:
         parts[-1] = replace(parts[-1], stop=end, surplus=0)
         parts.append(_chunk_part(data, end))
     return parts
+
 
 # %% ../nbs/03_containers.ipynb #76902bf9
 def _au_part(data):
@@ -171,9 +177,10 @@ def _au_part(data):
 
 def _nist_part(data):
     text = bytes(data[:1024])
-    found = {name: int(n) for name, n in re.findall(rb'(\w+) -i (\d{1,12})', text)}
+    found = {name: int(n) for name, n in re.findall(rb'(\w+) -(?:i|s1) (\d{1,12})', text)}
     length = found.get(b'sample_count', 0)*found.get(b'channel_count', 1)*found.get(b'sample_n_bytes', 1)
-    return _promised(data, 'nist', 0, 1024, length) if b'-s3 pcm' in text and length else Part('nist', 0, len(data))
+    is_plain = length and re.search(rb'sample_coding -s\d (pcm|ulaw|alaw|mu-law)\n', text)
+    return _promised(data, 'nist', 0, 1024, length) if is_plain else Part('nist', 0, len(data))
 
 # %% ../nbs/03_containers.ipynb #e748550f
 _BACKWARDS = bytes(int(f'{i:08b}'[::-1], 2) for i in range(256))
@@ -256,23 +263,31 @@ def _crc8(head):
         for _ in range(8): crc = (crc << 1 ^ (7 if crc >> 7 else 0)) & 255
     return crc
 
-def _flac_number(data, start, stop):
-    "Number of one of the last frames of a FLAC file, all frames of equal size; -1: not found"
+def _flac_end(data, start, stop, block):
+    "Samples up to the end of the last frame of a FLAC file, the others of `block` samples; 0: not found"
     pos, is_last = start + 4, 0
     while not is_last and pos < stop - 4:  # over the blocks of the header
         is_last, pos = data[pos] >> 7, pos + 4 + int.from_bytes(data[pos + 1:pos + 4], 'big')
-    first = data[pos:pos + 4]
-    at = data.rfind(first, max(pos, stop - 2**17), stop - 10) if first[:2] == b'\xff\xf8' else -1
-    if at < 0: return -1
-    ones = 8 - (data[at + 4] ^ 255).bit_length()  # of the code: how many bytes it has
-    number = data[at + 4] & 127 >> ones
-    for byte in data[at + 5:at + 4 + ones]: number = number << 6 | byte & 63
-    return number if _crc8(data[at:at + 5 + max(ones, 1)]) == 0 else -1  # else no header at all
+    first, at = bytes(data[pos:pos + 4]), stop
+    while first[:2] == b'\xff\xf8' and (at := data.rfind(first[:2], max(pos, stop - 2**17), at)) >= 0:
+        head = bytes(data[at:at + 16]).ljust(16, b'\0')
+        ones = 8 - (head[4] ^ 255).bit_length()  # of the code of its number: how many bytes it has
+        code, n = head[2] >> 4, 4 + max(ones, 1)
+        more = {6: 1, 7: 2}.get(code, 0)         # bytes of a size that is in no table
+        end = n + more + {12: 1, 13: 2, 14: 2}.get(head[2] & 15, 0)
+        if (head[2] ^ first[2] | head[3] ^ first[3]) & 15 or _crc8(head[:end + 1]): continue  # no header at all
+        number = head[4] & 127 >> ones
+        for byte in head[5:n]: number = number << 6 | byte & 63
+        sizes = 192 if code < 2 else 576 << code - 2 if code < 6 else 256 << code - 8 if code > 7 else 0
+        return number*block + (int.from_bytes(head[n:n + more], 'big') + 1 if more else sizes)
+    return 0
 
+
+# %% ../nbs/03_containers.ipynb #01eccce9
 def _flac_part(data, start, stop):
     samples = int.from_bytes(data[start + 21:start + 26], 'big') & (2**36 - 1)
     block = int.from_bytes(data[start + 8:start + 10], 'big')  # samples in a frame
-    is_more = samples and _flac_number(data, start, stop)*block >= samples
+    is_more = 0 < samples < _flac_end(data, start, stop, block)
     damage = f"its header promises {samples} samples, and more follow" if is_more else ''
     return Part('flac', start, stop, damage=damage, is_open=samples == 0)
 
@@ -282,6 +297,7 @@ def _flac_parts(data, pos):
     while (pos := data.find(head, pos + 8, 2**27)) >= 0: starts.append(pos)
     return [_flac_part(data, a, b) for a, b in zip(starts, [*starts[1:], len(data)])]
 
+
 # %% ../nbs/03_containers.ipynb #a355c4bc
 def _parts(data):
     "Parts by the first bytes of a file; titles may stand before them"
@@ -289,9 +305,9 @@ def _parts(data):
     head = bytes(data[pos:pos + 4])
     if head == b'OggS': return _ogg_parts(data, pos)
     if head == b'fLaC': return _flac_parts(data, pos)
+    if head in _LAYOUTS: return _chunk_parts(data, pos)
     if data[:3] == b'ID3' or mpeg_frame(head):
         return [Part('mp3', *sound) for sound in mp3_sounds(data)] or [Part('mp3', 0, len(data))]
-    if head in _LAYOUTS: return _chunk_parts(data)
     if head in (b'.snd', b'dns.'): return [_au_part(data)]
     return [_nist_part(data) if head == b'NIST' else Part('', 0, len(data))]
 
@@ -344,6 +360,8 @@ def _check_log(f, part):
     "Raise what libsndfile noted about a file of a kind that nothing here walks through"
     if part.kind == '' and (lost := re.search(r'.*(truncated|Data length \d+ should be).*', f.extra_info)):
         raise ValueError(f"is truncated or damaged: {lost[0].strip(' *')}")
+    told = re.findall(r'^ *(?:Frames +|.*Cols  ?): (\d+)$', f.extra_info, re.M) if part.kind == '' else []
+    if told and int(told[-1]) != f.frames: _compare(*sorted((f.frames, int(told[-1]))))
 
 def _is_known(f, part): return not (part.is_open and f.frames in (0, 2**63 - 1))
 
@@ -397,13 +415,13 @@ def _by_av(file, part, seconds):
 def _decode(source, part, seconds):
     "Samples and rate of one part; `source` is a path or bytes"
     import soundfile
-    is_path = isinstance(source, str)
+    is_path, is_checked = isinstance(source, str), part.is_open or part.kind == 'ogg' or part.frames is not None
     try:
         with soundfile.SoundFile(source if is_path else io.BytesIO(source)) as f:
             data, rate = _by_sndfile(f, part, seconds), f.samplerate
             if data is not None: return data, rate
     except (RuntimeError, OSError, MemoryError) as e:
-        if not part.is_open: raise _refused(e) from e
+        if not is_checked: raise _refused(e) from e  # else nothing is missing: another decoder may know it
     with open(source, 'rb') if is_path else io.BytesIO(source) as file: return _by_av(file, part, seconds)
 
 # %% ../nbs/03_containers.ipynb #9c5c4fae
@@ -459,8 +477,7 @@ def _length(source, part):
             if _is_known(f, part):
                 if part.kind == 'flac' and f.frames: f.seek(f.frames - 1); _compare(len(f.read(1)), 1)
                 return f.frames if part.frames is None else part.frames, f.samplerate, f.channels
-    except (RuntimeError, OSError) as e:
-        if not part.is_open: raise _refused(e) from e
+    except (RuntimeError, OSError): pass  # `_decode` says why, or knows better
     data, rate = _decode(source, part, None)
     return len(data), rate, data.shape[1]
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_buffer_registration_hook
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .guard import as_device, check_int, check_number, check_target, default_device, lock_folder
@@ -231,7 +232,8 @@ def _fits(kind, value)->bool:
         inner = kinds[:1]*len(value) if kinds[-1] is ... and isinstance(value, tuple) else kinds
         return isinstance(value, tuple) and len(inner) == len(value) and all(map(_fits, inner, value))
     if kind in (int, float):
-        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+        is_number = isinstance(value, numbers.Integral if kind is int else numbers.Real)
+        return is_number and not isinstance(value, bool) and abs(value) < 1e300  # nor NaN
     if kind in (bool, str, tuple, type(None)) or is_dataclass(kind): return isinstance(value, kind)
     return True
 
@@ -500,12 +502,13 @@ def no_larger_than(
     def count(module, name, x):
         room[:] = (room[0] - x.nbytes, room[1] - 1) if x is not None else room
         if min(room) < 0: raise ValueError(f"{path}: the settings ask for a larger network than the file holds")
-    hook = register_module_parameter_registration_hook(count)
+    hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
     try: yield
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as e:
         if isinstance(e, ValueError) and path.name in str(e): raise
         raise ValueError(f"{path} cannot be read: {e if isinstance(e, ValueError) else repr(e)}") from e
-    finally: hook.remove()
+    finally:
+        for hook in hooks: hook.remove()
 
 # %% ../nbs/01_core.ipynb #d74c4fba
 class Model(nn.Module):

@@ -494,10 +494,12 @@ def start_noise(
         `(B, ...)` the first, noisiest latent
     """
     if latents is not None:
+        if not isinstance(latents, Tensor) or latents.layout != torch.strided:
+            raise ValueError(f"latents must be a dense tensor, got {type(latents).__name__}")
         if tuple(latents.shape) != tuple(shape):
             raise ValueError(f"latents has shape {tuple(latents.shape)}, expected shape={tuple(shape)}")
-        if not latents.is_floating_point() or not latents.isfinite().all():
-            raise ValueError(f"latents must be finite floating-point numbers, got {latents.dtype} or NaN or infinity")
+        if not latents.is_floating_point() or not (latents.abs() <= 1000).all():  # nor NaN
+            raise ValueError(f"latents must be finite floats in -1000..1000, got {latents.dtype} or such values")
         return latents if device is None else latents.to(device)
     first = generator[0] if isinstance(generator, (list, tuple)) and generator else generator
     return draw_noise(shape, generator, device or (first.device if first else 'cpu'))

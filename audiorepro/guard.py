@@ -44,6 +44,10 @@ def check_int(
     if not is_whole or not low <= value <= high: _refuse(name, 'whole', low, high, value)
     return int(value)
 
+def _is_finite(value):
+    try: return math.isfinite(value)
+    except OverflowError: return False  # a whole number beyond all floats
+
 def check_number(
     name:str, # of the argument, for the error
     value, # int or float of Python or numpy; bools, NaN and infinity are refused
@@ -69,7 +73,7 @@ def check_number(
         the same number
     """
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not is_real or not math.isfinite(value) or not low <= value <= high: _refuse(name, 'finite', low, high, value)
+    if not is_real or not _is_finite(value) or not low <= value <= high: _refuse(name, 'finite', low, high, value)
     return float(value)
 
 # %% ../nbs/00a_guard.ipynb #c955d81c
@@ -178,8 +182,9 @@ def lock_folder(
     """
     if folder is None: return ExitStack()
     from filelock import FileLock, Timeout
-    Path(folder).parent.mkdir(parents=True, exist_ok=True)
-    try: return FileLock(f'{folder}.lock').acquire(blocking=False)
+    real = Path(folder).resolve()  # one lock for all names of a folder
+    real.parent.mkdir(parents=True, exist_ok=True)
+    try: return FileLock(f'{real}.lock').acquire(blocking=False)
     except Timeout as e:
         raise ValueError(f"{folder} is in use by another process: wait for its end, or take another folder") from e
 
@@ -195,6 +200,6 @@ def delete_folder(
     """
     folder = Path(folder)
     with ExitStack() as held:
-        for lock in (Path(f'{folder}.lock'), *folder.rglob('*.lock')):
+        for lock in (Path(f'{folder.resolve()}.lock'), *folder.rglob('*.lock')):
             if lock.is_file(): held.enter_context(lock_folder(lock.with_suffix('')))
         shutil.rmtree(folder, ignore_errors=True)

@@ -427,4 +427,12 @@ def item_seeds(
     if len(seeds) != count:
         raise ValueError(f"seed must be an int or one int per prompt, got {len(seeds)} seeds for {count} prompts")
     seeds = [check_int('seed', s, -2**63, 2**64 - 1) for s in seeds]
-    return [(s + j*_GOLDEN) % 2**32 if j else s for s in seeds for j in range(copies)]
+    found = {(s, 0): s for s in seeds}
+    taken = set(found.values())
+    for s in dict.fromkeys(seeds):
+        for j in range(1, copies):
+            new = (s + j*_GOLDEN) % 2**32
+            while new in taken: new = (new + 1) % 2**32  # two seeds of a list may lie a step apart
+            found[s, j] = new
+            taken.add(new)
+    return [found[s, j] for s in seeds for j in range(copies)]

@@ -14,7 +14,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import Config, Model
-from .guard import warn_user
+from .guard import check_int, warn_user
 from .synth import PHONEMES, SYLLABLES
 from .text import pad_ids
 
@@ -200,6 +200,7 @@ class PhonemeConfig(Config):
     alphabet:str=''        # key of `ALPHABETS`; '' reads numbers only
 
     def __post_init__(self):
+        for name in ('window', 'max_length'): check_int(name, getattr(self, name), 1, 2**14)
         if self.dim % self.heads: raise ValueError(f"dim={self.dim} is not a multiple of heads={self.heads}")
         if self.alphabet and (n := len(ALPHABETS[self.alphabet])) != self.vocab_size:
             raise ValueError(f"alphabet {self.alphabet!r} has {n} symbols, vocab_size is {self.vocab_size}")

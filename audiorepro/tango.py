@@ -443,7 +443,7 @@ def generate(
         `(B, samples)` float32 in [-1, 1], or scaled latents `(B, C, T, F)`
     """
     prompts, cfg, seconds = as_texts(prompt, 'prompt', pipe.encoder), pipe.cfg, audio_length_in_s
-    copies = check_int('num_waveforms_per_prompt', num_waveforms_per_prompt, 1)
+    copies = check_int('num_waveforms_per_prompt', num_waveforms_per_prompt, 1, 1000)
     _check_sampler(cfg.schedule, sampler, num_inference_steps, guidance_scale, guidance_rescale, eta)
     if output not in ('wav', 'latents'): raise ValueError(f"output must be 'wav' or 'latents', got {output!r}")
     negative = [''] if negative_prompt is None else as_texts(negative_prompt, 'negative_prompt', pipe.encoder)

@@ -13,7 +13,7 @@ import numpy as np, torch, torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .audio import turn_down
+from .audio import check_wav, turn_down
 from .codec import Codec
 from .core import Config, Model, make_generator
 from .datasets import encode_once, toy_set
@@ -636,7 +636,10 @@ def speak(
     if output not in ('wav', 'codes'): raise ValueError(f"output must be 'wav' or 'codes', got {output!r}")
     check_number('seconds', seconds, 1/codec.sample_rate, pipe.lm.cfg.max_frames/codec.frame_rate)
     generator = None if seed is None else [make_generator(s) for s in item_seeds(seed, len(prompts))]
-    if prefix is not None: prefix = codec.encode(prefix.expand(len(prompts), -1)[:, None])
+    if prefix is not None:
+        if check_wav(prefix, 'prefix').ndim == 2 and len(prefix) not in (1, len(prompts)):
+            raise ValueError(f"prefix must be (1 or {len(prompts)}, samples), got {tuple(prefix.shape)}")
+        prefix = codec.encode(prefix.expand(len(prompts), -1)[:, None])
     codes = generate(pipe.lm, int(np.ceil(seconds*codec.frame_rate - 1e-9)), *pipe.read(prompts), generator=generator,
                      temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale, prefix=prefix)
     if output == 'codes': return codes

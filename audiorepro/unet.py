@@ -13,6 +13,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor, nn
 
 from .core import Config, Model
+from .guard import check_int
 from .layers import Attention, ResBlock2d, sincos_2d, timestep_embedding, zero_init
 
 # %% ../nbs/42_unet.ipynb #685a5d8c
@@ -64,6 +65,7 @@ class UNetConfig(Config):
     positions:bool=False          # fixed positions on the cells and on the LOA: ours, off in all published nets
 
     def __post_init__(self):
+        check_int('layers_per_block', self.layers_per_block, 1, 64)
         if bad := [c for c in self.channels if c % self.groups]:
             raise ValueError(f"channels {bad} are not multiples of groups={self.groups}")
         if bad := [l for l in self.attention_levels if not 0 <= l < len(self.channels)]:

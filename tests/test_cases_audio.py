@@ -78,6 +78,21 @@ def cbr(tag=False, title=b''):
     head = b'ID3\4\0\0' + bytes(n >> 7*i & 127 for i in (3, 2, 1, 0)) + title if n else b''
     return head + (info if tag else b'') + frame*100
 
+def opus(seconds=1/3):
+    "An Opus file as FFmpeg writes it: one so short has all its sound on one page, which libsndfile does not open"
+    import av
+    file, samples = io.BytesIO(), np.tile(NOISE, 9)[None, :round(48_000*seconds)]
+    with av.open(file, 'w', format='ogg') as container:
+        stream = container.add_stream('libopus', rate=48_000)
+        stream.layout = 'mono'
+        frame = av.AudioFrame.from_ndarray((samples*32767).astype('<i2'), format='s16', layout='mono')
+        frame.sample_rate = 48_000
+        for packet in (*stream.encode(frame), *stream.encode(None)): container.mux(packet)
+    return file.getvalue()
+
+def titled(data): return b'ID3\4\0\0\0\0\1\0' + bytes(128) + data
+def with_cover(data, n=400_000): return b'ID3\4\0\0' + bytes(n >> 7*i & 127 for i in (3, 2, 1, 0)) + bytes(n) + data
+
 def frames(data): return len(mpeg_run(data, 0)[0])
 def pages(data): return [data[a:b] for a, b, *_ in ogg_pages(data)]
 
@@ -101,6 +116,7 @@ GOOD = [
         (0x7FFFF000, 0x7FFFF024), (0x7FFFF000 - 36, 0x7FFFF000), (0x7FFFFF00, 0x7FFFFF24), (2**32 - 37, 2**32 - 1))),
     *((f'pipe {kind} {size}', open_ended(kind, size), RATE) for kind, size in (
         ('au', 2**32 - 1), ('au', 0), ('caf', -1), ('aiff', 0x7F000008), ('aiff', 2**32 - 1))),
+    ('pipe W64 of FFmpeg', patch(good('w64'), (16, b'\xff'*8), (good('w64').index(b'data\xf3') + 16, b'\xff'*7 + b'\x7f')), RATE),
     ('pipe flac', flac_total(0), RATE),
     ('pipe flac, long', flac_total(0, good('flac', True)), 6*RATE),
     ('pipe flac, stereo', flac_total(0, good('flac', channels=2)), RATE),
@@ -109,6 +125,14 @@ GOOD = [
     ('WAV with an odd chunk', wav(before=chunk(b'bext', bytes(7)) + b'\0'), RATE),
     ('WAV with a title behind', wav() + b'TAG' + bytes(125), RATE),
     ('WAV with chunks behind', wav(after=chunk(b'LIST', b'INFO' + bytes(40))), RATE),
+    *((f'{kind} behind a title', titled(data), RATE) for kind, data in (('WAV', wav()), ('AIFF', good('aiff')))),
+    ('two WAV behind a title', titled(wav() + wav()), 2*RATE),
+    ('FLAC behind a large cover', with_cover(good('flac')), RATE),
+    ('short Opus', opus(), 16_008),  # 17 blocks of 960, less 312 that the encoder put in front
+   
+    *((f'{kind} coded {subtype}, {n} channels', good(kind, subtype=subtype, channels=n), RATE)
+      for kind, subtype, n in (('nist', 'ULAW', 1), ('nist', 'ALAW', 2), ('avr', 'PCM_16', 2), ('mat4', 'PCM_16', 2), ('mat5', 'DOUBLE', 2),
+                               ('mpc2k', 'PCM_16', 2), ('sds', 'PCM_16', 1), ('htk', 'PCM_16', 1))),
     ('FLAC behind a title', b'ID3\4\0\0\0\0\1\0' + bytes(128) + good('flac'), RATE),
     # MP3
     ('MP3 with a tag', mp3(), 6*RATE),
@@ -131,6 +155,8 @@ GOOD = [
     ('two MP3, the first with titles behind', mp3() + b'TAG' + bytes(125) + mp3(title=b'abcd'*4), 12*RATE),
     ('MP3 and one without a tag', mp3() + BARE, 6*RATE + N_BARE),
     ('two MP3 without tags', BARE + BARE, 2*N_BARE),
+    ('short MP3 and one without a tag', mp3(False) + BARE, RATE + N_BARE),
+    ('MP3 without a tag and a short one', BARE + mp3(False), RATE + N_BARE),
     ('three short MP3', mp3(False)*3, 3*RATE),
     ('chain of two Ogg', LONG_OGG + good('ogg'), 7*RATE),
     ('chain of three Ogg', good('ogg')*3, 3*RATE),
@@ -149,6 +175,12 @@ BAD = [
     *((f'{what} cut', cut(good(kind, subtype=subtype), .7), ('truncated|cannot be read',)) for what, kind, subtype in (
         ('24 bits', 'wav', 'PCM_24'), ('ALAC', 'caf', 'ALAC_16'), ('Opus', 'ogg', 'OPUS'), ('VOC', 'voc', 'PCM_16'),
         ('Matlab', 'mat4', 'PCM_16'))),
+    *((f'{kind} coded {subtype}, cut at {share}', cut(good(kind, subtype=subtype), share), ('truncated|cannot be read',))
+      for kind, subtype in (('nist', 'ULAW'), ('nist', 'ALAW'), ('avr', 'PCM_16'), ('mat5', 'DOUBLE'), ('mpc2k', 'PCM_16'), ('sds', 'PCM_16'),
+                            ('htk', 'PCM_16')) for share in (.3, .9)),
+    *((f'{kind} behind a title, cut', titled(cut(good(kind), .7)), ('promises',)) for kind in ('wav', 'aiff')),
+    ('short Opus, cut', opus()[:-40], ('page',)), ('short Opus, bit', flip(opus(), 800), ('checksum',)),
+    *((f'FLAC whose promised length lacks {n} samples', flac_total(6*RATE - n, good('flac', 'noise')), ('more follow',)) for n in (1, 256)),
     # damage in the middle
     *((f'Ogg, bit at {share}', flip(LONG_OGG, int(share*len(LONG_OGG))), ('checksum|page|cannot be read',))
       for share in (.001, .01, .1, .3, .5, .7, .9, .999)),
@@ -258,6 +290,7 @@ def test_an_mp3_sounds_the_same_without_its_tag(tmp_path):
 
 @pytest.mark.parametrize('data, samples, more', [
     (wav(riff=36 + 2*RATE) + b'x'*200_000, RATE, 200_000), (wav(20_000, 36 + 2*RATE), 10_000, 12_000), (wav(20_000), 10_000, 12_000),
+    (wav(31_744, 36 + 2*RATE), 15_872, 256), (patch(good('aiff'), (44, b'\x7b')), 15_744, 512),
     (patch(good('au'), (8, struct.pack('>I', 20_000))), 10_000, 12_000), (good('aiff') + b'x'*9_000, RATE, 9_000)])
 def test_what_follows_the_end_is_said(data, samples, more, tmp_path):
     path = write(tmp_path, 'more', data)

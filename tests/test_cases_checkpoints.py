@@ -294,6 +294,41 @@ def test_every_number_of_our_settings_is_bounded(name, setting, tmp_path):
         assert time.process_time() - start < SECONDS, k
 
 
+def toys():
+    "Small networks of each kind: name -> class and its toy settings"
+    from audiorepro.codec import Codec, CodecConfig
+    from audiorepro.speech import PhonemeConfig
+    from audiorepro.tokenlm import TokenLM, TokenLMConfig
+    from audiorepro.unet import UNetConfig
+    return dict(unet=(UNet, UNetConfig.toy()), codec=(Codec, CodecConfig.toy()), audiomae=(AudioMAE, AudioMAEConfig.toy()),
+                tokenlm=(TokenLM, TokenLMConfig.toy()), phonemes=(PhonemeEncoder, PhonemeConfig(dim=32, layers=1, ffn_dim=32)))
+
+
+# setting, value: each makes something large before a parameter of the network is counted
+LARGE = [('unet', 'layers_per_block', 10**9),
+         ('unet', 'layers_per_block', 10**12), ('codec', 'codebooks', 10**9), ('codec', 'codebooks', 5_000),
+         ('codec', 'codebook_size', 10**8), ('audiomae', 'input_size', [10**6, 64]), ('audiomae', 'input_size', [256, 10**6]),
+         ('audiomae', 'input_size', [2**40, 2**40]), ('tokenlm', 'codebooks', 10**9), ('phonemes', 'max_length', 10**7), ('phonemes', 'window', 10**7)]
+
+@pytest.mark.parametrize('name, setting, value', LARGE, ids=[f'{n}-{s}-{v}' for n, s, v in LARGE])
+def test_tables_beside_the_weights_are_bounded_too(name, setting, value, tmp_path):
+    kind, cfg = toys()[name]
+    own = kind(cfg)
+    own.save_pretrained(tmp_path/'bad')
+    assert type(kind.from_pretrained(tmp_path/'bad')) is kind                                        # control
+    file = tmp_path/'bad'/'config.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | {setting: value}))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with pytest.raises(ValueError, match='bad'): kind.from_pretrained(tmp_path/'bad')
+    assert time.process_time() - start < SECONDS
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)*1024 < MEMORY/4
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), 10**400])
+def test_settings_that_are_no_numbers_are_refused(value, tmp_path):
+    with pytest.raises(ValueError, match='bad.*mel_mean'): VAE.from_pretrained(own(tmp_path/'bad', mel_mean=value))
+
+
 # --- code beside weights ----------------------------------------------------------------------------------------------
 
 CODE = '''open({marker!r}, 'w').write('ran')

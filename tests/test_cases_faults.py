@@ -78,6 +78,33 @@ def test_convert_refuses_what_it_cannot_do_as_asked(names, words, tmp_path):
     assert folder/'other.pt' in checkpoints.convert(folder, tmp_path/'x')
 
 
+@pytest.mark.parametrize('index, words', [
+    ('pipe', 'x.bin.index.json is no regular file'), ('sparse', 'x.bin.index.json is no JSON'), ('bytes', 'x.bin.index.json is no JSON')])
+def test_convert_refuses_an_index_that_is_none(index, words, tmp_path):
+    "By its name and at once: neither waited for nor read whole"
+    folder = tmp_path/'given'
+    folder.mkdir()
+    torch.save(dict(w=torch.ones(2)), folder/'w.pth')
+    if index == 'pipe': os.mkfifo(folder/'x.bin.index.json')
+    else: (folder/'x.bin.index.json').write_bytes(b'\xff')
+    if index == 'sparse': os.truncate(folder/'x.bin.index.json', 2**32)
+    with pytest.raises(ValueError, match=words): checkpoints.convert(folder, tmp_path/'x')
+    assert [p.name for p in tmp_path.iterdir()] == ['given']
+
+
+PLACES = {'link to nothing': lambda p: p.symlink_to('gone'), 'link in a circle': lambda p: p.symlink_to(p.name),
+          'below a file': lambda p: (p.parent.rmdir(), p.parent.touch())}
+
+@pytest.mark.parametrize('place', PLACES)
+def test_convert_looks_at_its_target_first(place, tmp_path, monkeypatch):
+    target = tmp_path/'place'/'x'
+    target.parent.mkdir()
+    PLACES[place](target)
+    torch.save(dict(w=torch.ones(2)), tmp_path/'w.pth')
+    monkeypatch.setattr(checkpoints, 'read_weights', lambda *args: pytest.fail('the work had begun'))
+    with pytest.raises((ValueError, OSError), match='place/x'): checkpoints.convert(tmp_path/'w.pth', target)
+
+
 def test_a_folder_is_not_replaced_by_a_file(tmp_path):
     with pytest.raises(OSError, match='no file that may be replaced'): core.write_atomic(tmp_path, put('x'))
     assert not list(tmp_path.iterdir())
@@ -217,6 +244,14 @@ def test_one_training_for_each_folder_and_a_lock_that_dies(tmp_path, monkeypatch
     assert not run.exists()
 
 
+def test_a_folder_has_one_lock_under_all_its_names(tmp_path, monkeypatch):
+    (tmp_path/'big').mkdir(); (tmp_path/'link').symlink_to(tmp_path/'big'); monkeypatch.chdir(tmp_path)
+    with guard.lock_folder(tmp_path/'big'/'run'):
+        for name in (tmp_path/'link'/'run', f'{tmp_path}/big/run/', 'big/run', 'link/../big/run'):
+            with pytest.raises(ValueError, match='in use by another process'): guard.lock_folder(name)
+    with guard.lock_folder('link/run'): pass                                      # free again
+
+
 # --- numbers of a call ----------------------------------------------------------------------------------------------------
 
 @cache
@@ -226,12 +261,13 @@ def say(prompt='rain falls', **options): return pipe()(prompt, **dict(dict(num_i
 
 
 NUMBERS = dict(
-    guidance_scale=(NAN, INF, -INF, 1e38, '3', None, True, 2j), guidance_rescale=(NAN, -.1, 1.1), eta=(NAN, -.1, 1.1, INF),
-    num_inference_steps=(0, -1, 2.5, 1001, True, NAN, '2', None), num_waveforms_per_prompt=(0, -1, 1.5, True, NAN),
-    audio_length_in_s=(0, 0., -1., 1e-9, 3e-5, NAN, INF, 1e4, '2', True),
+    guidance_scale=(NAN, INF, -INF, 1e38, 10**400, '3', None, True, 2j), guidance_rescale=(NAN, -.1, 1.1), eta=(NAN, -.1, 1.1, INF),
+    num_inference_steps=(0, -1, 2.5, 1001, True, NAN, '2', None), num_waveforms_per_prompt=(0, -1, 1.5, True, NAN, 10**12),
+    audio_length_in_s=(0, 0., -1., 1e-9, 3e-5, NAN, INF, 1e4, 10**400, '2', True),
     seed=(1.5, True, '1', NAN, 2**64, -2**63 - 1, [1, 2], [], [1.5], [True], np.float32(1)),
     latents=(torch.full((1, 8, 64, 16), NAN), torch.full((1, 8, 64, 16), INF), torch.zeros(1, 8, 64, 15), torch.zeros(8, 64, 16),
-             torch.zeros(1, 8, 64, 16, dtype=torch.int64)),
+             torch.zeros(1, 8, 64, 16, dtype=torch.int64), torch.full((1, 8, 64, 16), 1e38), np.zeros((1, 8, 64, 16), 'float32'),
+             torch.zeros(1, 8, 64, 16).to_sparse()),
     negative_prompt=(['a', 'b'], '', 3), output=('mp3', None))
 
 @pytest.mark.parametrize('name, value', [(k, v) for k, values in NUMBERS.items() for v in values],
@@ -265,6 +301,33 @@ def test_no_candidate_repeats():
 
 @pytest.mark.parametrize('seed', [0, 1, 2**32 - 5, 2**40, 2**63, -7])
 def test_seeds_never_collide(seed): assert len(set(item_seeds(seed, 200, 100))) == 20_000
+
+
+@pytest.mark.parametrize('seeds', [[0, 0x9E3779B9], [5, 5 + 2**32], [-7, 2**32 - 7], [0x9E3779B9, 0], [0, 0x9E3779B9, 0x9E3779BA]], ids=str)
+def test_seeds_of_a_list_do_not_collide_either(seeds):
+    "A step apart, or equal in their last 32 bits; equal seeds stay equal, and the first candidates are what was asked for"
+    found = item_seeds(seeds, len(seeds), 3)
+    assert len(set(found)) == 3*len(seeds) and found[::3] == seeds
+    assert item_seeds([4, 4], 2, 3) == 2*item_seeds([4], 1, 3)
+
+
+SYSTEMS = dict(tango=('toy-tango', 'num_waveforms_per_prompt', dict(num_inference_steps=1)), lm=('toy-lm', 'top_k', dict(seconds=.2)))
+
+@pytest.mark.parametrize('system', SYSTEMS)
+def test_the_other_systems_name_bad_arguments_too(system):
+    from audiorepro.systems import load_system
+    name, own, few = SYSTEMS[system]
+    other, seconds = load_system(name), 'seconds' if system == 'lm' else 'audio_length_in_s'
+    bad = {'guidance_scale': NUMBERS['guidance_scale'], seconds: (0, -1, NAN, INF, 1e9, 10**400, '2', True), 'seed': NUMBERS['seed'],
+           own: (-1, 1.5, True, '2'), 'output': ('mp3', None)}
+    if system == 'tango': bad |= {k: NUMBERS[k] for k in ('eta', 'guidance_rescale', 'num_inference_steps', 'latents', own)}
+    else: bad['prefix'] = (torch.full((1, 8000), NAN), torch.zeros(1, 8000, dtype=torch.int64), torch.zeros(3, 8000), torch.zeros(1, 0), np.zeros((1, 8000)), 'x')
+    for argument, values in bad.items():
+        for value in values:
+            with pytest.raises(ValueError, match=argument): other('rain falls', **few | {argument: value})
+    for value in (None, 3, b'rain', [], [3], ['rain', None], '   '):
+        with pytest.raises(ValueError, match='prompt'): other(value, **few)
+    for seed in (np.int64(3), -1, 2**64 - 1, torch.tensor(3)): assert other('rain falls', seed=seed, **few).isfinite().all()
 
 
 def test_the_promises_of_a_seed():
