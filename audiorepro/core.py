@@ -16,8 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_buffer_registration_hook
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules import module as base
 
 from .guard import as_device, check_int, check_number, check_target, default_device, lock_folder
 
@@ -502,13 +501,11 @@ def no_larger_than(
     def count(module, name, x):
         room[:] = (room[0] - x.nbytes, room[1] - 1) if x is not None else room
         if min(room) < 0: raise ValueError(f"{path}: the settings ask for a larger network than the file holds")
-    hooks = [register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count)]
-    try: yield
-    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as e:
-        if isinstance(e, ValueError) and path.name in str(e): raise
-        raise ValueError(f"{path} cannot be read: {e if isinstance(e, ValueError) else repr(e)}") from e
-    finally:
-        for hook in hooks: hook.remove()
+    with base.register_module_parameter_registration_hook(count), base.register_module_buffer_registration_hook(count):
+        try: yield
+        except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as e:
+            if isinstance(e, ValueError) and path.name in str(e): raise
+            raise ValueError(f"{path} cannot be read: {e if isinstance(e, ValueError) else repr(e)}") from e
 
 # %% ../nbs/01_core.ipynb #d74c4fba
 class Model(nn.Module):

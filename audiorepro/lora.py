@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LORA_LAYERS', 'lora_layers', 'lora_parameters', 'add_lora', 'lora_state', 'merge_lora', 'remove_lora', 'save_lora',
-           'load_lora', 'training_memory', 'lora_recipe', 'published_lora_recipe', 'train_lora', 'train_adapter',
-           'load_adapted']
+           'load_lora', 'training_memory', 'lora_recipe', 'published_lora_recipe', 'train_lora', 'load_base',
+           'train_adapter', 'load_adapted']
 
 # %% ../nbs/57a_lora.ipynb #57a00003
 import hashlib, json, math, re
@@ -18,12 +18,14 @@ from torch import nn
 from .audio import normalize
 from .audioldm2 import AudioLDM2, _frozen_batch, joint_loss
 from .checkpoints import read_json
+from .audiomae import AudioMAE
 from .core import count_params, read_safetensors, write_atomic
 from .datasets import CaptionedAudio, collate
-from .guard import check_int, check_number, check_target, delete_folder
+from .guard import as_device, check_int, check_number, check_target, delete_folder
 from .mel import audiomae_input, log_mel
 from .own_data import Features, System, held_loss, load_system, own_recipe, split_clips
 from .own_data import _place_own, _read_own
+from .public import find_pipeline
 from .training import Recipe, TrainConfig, fit, loader_batches
 
 # %% ../nbs/57a_lora.ipynb #57a0000c
@@ -444,6 +446,43 @@ def train_lora(
     save_lora(recipe.model, path)
     return history
 
+# %% ../nbs/57a_lora.ipynb #ea52caa8
+def load_base(
+    name:str|Path='toy', # 'toy', 'mine', a folder of ours, a published folder or hub id
+    audiomae:str|Path|None=None, # weights of the AudioMAE of a published system
+    device:str='cpu', # where the parts go
+)->System: # in float32
+    """Load what an adapter goes onto; a published system needs an AudioMAE, which makes the targets
+
+    Parameters
+    ----------
+    name : str|Path, default='toy'
+        'toy', 'mine', a folder of ours, a published folder or hub id
+    audiomae : str|Path|None, default=None
+        weights of the AudioMAE of a published system
+    device : str, default='cpu'
+        where the parts go
+
+    Returns
+    -------
+    System
+        in float32
+    """
+    device, is_published = as_device(device), find_pipeline(name) is not None
+    if is_published and audiomae is None:
+        raise ValueError(f"{name} is a published system without an AudioMAE: name one (audiomae)")
+    if audiomae and not is_published: raise ValueError(f"audiomae is for published systems, {name} has its own")
+    if not is_published:
+        system = load_system(name)
+        system.pipe.to(device); system.audiomae.to(device)
+        return system
+    mae, pipe = AudioMAE.from_pretrained(audiomae, device), AudioLDM2.from_pretrained(name, device)
+    count = math.prod(max(1, side//pipe.cfg.lam) for side in mae.cfg.grid)
+    made, wanted = (count, mae.cfg.dim), (pipe.cfg.loa.num_tokens, pipe.cfg.loa.gpt2.dim)
+    if made == wanted: return System(pipe, mae, str(name), True)
+    raise ValueError(f"audiomae makes {made[0]} vectors of {made[1]} at lambda {pipe.cfg.lam}, "
+                     f"GPT-2 writes {wanted[0]} of {wanted[1]}")
+
 # %% ../nbs/57a_lora.ipynb #b38eec28
 def train_adapter(
     data:str|Path, # folder, table, .tar or saved data set
@@ -504,7 +543,7 @@ def train_adapter(
     """
     folder, named = _place_own(data, out, columns, '_adapter')
     if from_ == 'scratch': raise ValueError("an adapter needs trained weights, got from 'scratch'")
-    system = load_system(from_, audiomae=audiomae, device=device)
+    system = load_base(from_, audiomae, device)
     check_int('steps', steps, 1, 10**8); _check_rank(rank, lora_layers(system.pipe.halves))
     report, features, late = _read_own(data, system, dry_run, audio_root=audio_root, **named)
     if dry_run: return folder

@@ -22,7 +22,7 @@ from .audio import fit_length, level_db, load_audio, normalize, plot_mels, save_
 from .audiomae import AudioMAE
 from .audioldm2 import AudioLDM2, TextToLatent, joint_loss
 from .core import make_generator, out_dir, read_safetensors, write_atomic
-from .guard import as_device, check_int, check_number, check_target, delete_folder
+from .guard import check_int, check_number, check_target, delete_folder
 from .inventory import Inventory, find_source, take_inventory
 from .mel import FbankConfig, audiomae_input, log_mel
 from .public import find_pipeline
@@ -67,20 +67,11 @@ class System:
         for part in (self.pipe.clap, self.pipe.t5, self.pipe.vae, self.audiomae):
             part.save_pretrained(f'{folder}/{part.component}', torch.float16)
 
-def _check_targets(mae, cfg):
-    "Does this AudioMAE make what this GPT-2 writes?"
-    count = math.prod(max(1, side//cfg.lam) for side in mae.grid)
-    made, wanted = (count, mae.dim), (cfg.loa.num_tokens, cfg.loa.gpt2.dim)
-    if made != wanted:
-        raise ValueError(f"audiomae makes {made[0]} vectors of {made[1]} at lambda {cfg.lam}, GPT-2 writes {wanted[0]} of {wanted[1]}")
-
 def load_system(
     name:str|Path='toy', # 'toy', 'mine', a folder that `finetune` wrote, or 'scratch'
     seed:int=0, # of the first weights of 'scratch'
-    audiomae:str|Path|None=None, # weights of the AudioMAE of a published system
-    device='cpu', # where the parts go
-)->System: # in float32
-    """Load what training needs; a published system comes from a folder or a hub id
+)->System: # on the CPU
+    """Load what training needs
 
     Parameters
     ----------
@@ -88,29 +79,21 @@ def load_system(
         'toy', 'mine', a folder that `finetune` wrote, or 'scratch'
     seed : int, default=0
         of the first weights of 'scratch'
-    audiomae : str|Path|None, default=None
-        weights of the AudioMAE of a published system
-    device : default='cpu'
-        where the parts go
 
     Returns
     -------
     System
-        in float32
+        on the CPU
     """
-    source, device = 'toy' if str(name) == 'scratch' else name, as_device(device)
-    published = find_pipeline(source) is not None
-    if published and audiomae is None:
-        raise ValueError(f"{name} is a published system without an AudioMAE, which makes the targets: name one (audiomae)")
-    if audiomae and not published: raise ValueError(f"audiomae is for published systems, {name} has its own")
-    mae = AudioMAE.from_pretrained(audiomae or f'{source}/audiomae', device)
-    pipe = AudioLDM2.from_pretrained(source, device)
-    _check_targets(mae.cfg, pipe.cfg)
+    source = 'toy' if str(name) == 'scratch' else name
+    if find_pipeline(source):
+        raise ValueError(f"{name} is a published system: an adapter can be trained on it (lesson 57a: lora, audiomae)")
+    pipe = AudioLDM2.from_pretrained(source)
     if str(name) == 'scratch':
         with torch.random.fork_rng(devices=[]):
             torch.random.default_generator.manual_seed(seed)
             pipe.halves = TextToLatent(pipe.cfg)
-    return System(pipe, mae, str(name), published)
+    return System(pipe, AudioMAE.from_pretrained(f'{source}/audiomae'), str(name))
 
 # %% ../nbs/57_own_data.ipynb #57a00015
 def inspect_data(
@@ -665,8 +648,6 @@ def train_own(
         the folder
     """
     folder, named = _place_own(data, out, columns)
-    if find_pipeline('toy' if from_ == 'scratch' else from_):
-        raise ValueError(f"{from_} is a published system: an adapter can be trained on it (lora, audiomae)")
     system = load_system(from_)
     report, features, late = _read_own(data, system, dry_run, audio_root=audio_root, **named)
     if dry_run: return folder

@@ -227,8 +227,7 @@ class TokenBlock(nn.Module):
         self.norm2 = nn.LayerNorm(cfg.dim)
         self.fc1, self.fc2 = nn.Linear(cfg.dim, cfg.ffn, bias=False), nn.Linear(cfg.ffn, cfg.dim, bias=False)
     def forward(self, x, mask, text=None, text_mask=None, room=None):
-        h = self.norm1(x)
-        keys = self.attn.keys(h)
+        keys = self.attn.keys(h := self.norm1(x))
         x = x + self.attn(h, room.extend(*keys) if room else keys, mask)
         if text is not None:
             keys = room.text if room and room.text else self.attn_text.keys(text)
@@ -457,9 +456,8 @@ def draw_codes(
 
 def _count_items(cfg, num_frames, states, prefix, generator, batch_size, temperature, top_k, top_p, guidance_scale):
     "Refuse what cannot be generated before any work; otherwise the number of items"
-    check_int('num_frames', num_frames, 1, cfg.max_frames)
-    check_number('temperature', temperature, 0); check_int('top_k', top_k, 0)
-    check_number('guidance_scale', guidance_scale, -100, 100)
+    check_int('num_frames', num_frames, 1, cfg.max_frames); check_int('top_k', top_k, 0)
+    check_number('temperature', temperature, 0); check_number('guidance_scale', guidance_scale, -100, 100)
     if check_number('top_p', top_p, 0, 1) == 0: raise ValueError("top_p must be above 0 and at most 1, got 0")
     if prefix is not None and check_codes(prefix, cfg).shape[2] >= num_frames:
         raise ValueError(f"prefix has {prefix.shape[2]} frames: num_frames must be above that, got {num_frames}")
@@ -637,9 +635,8 @@ def speak(
     check_number('seconds', seconds, 1/codec.sample_rate, pipe.lm.cfg.max_frames/codec.frame_rate)
     generator = None if seed is None else [make_generator(s) for s in item_seeds(seed, len(prompts))]
     if prefix is not None:
-        if check_wav(prefix, 'prefix').ndim == 2 and len(prefix) not in (1, len(prompts)):
-            raise ValueError(f"prefix must be (1 or {len(prompts)}, samples), got {tuple(prefix.shape)}")
-        prefix = codec.encode(prefix.expand(len(prompts), -1)[:, None])
+        prefix = torch.atleast_2d(check_wav(prefix, 'prefix'))
+        prefix = codec.encode((prefix if len(prefix) > 1 else prefix.expand(len(prompts), -1))[:, None])
     codes = generate(pipe.lm, int(np.ceil(seconds*codec.frame_rate - 1e-9)), *pipe.read(prompts), generator=generator,
                      temperature=temperature, top_k=top_k, top_p=top_p, guidance_scale=guidance_scale, prefix=prefix)
     if output == 'codes': return codes

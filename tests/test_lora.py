@@ -20,9 +20,9 @@ from audiorepro.audiomae import AudioMAE, AudioMAEConfig
 from audiorepro.cli import main
 from audiorepro.core import count_params, make_generator, save_json
 from audiorepro.loa import all_true, loa_conditions
-from audiorepro.lora import (LORA_LAYERS, add_lora, load_lora, lora_layers, lora_parameters, lora_state, merge_lora, remove_lora, save_lora, train_lora,
+from audiorepro.lora import (LORA_LAYERS, add_lora, load_base, load_lora, lora_layers, lora_parameters, lora_state, merge_lora, remove_lora, save_lora, train_lora,
                              training_memory)
-from audiorepro.own_data import cache_features, inspect_data, load_system as load_base
+from audiorepro.own_data import cache_features, inspect_data
 from audiorepro.systems import load_system as load_any
 from standins import random_pipeline
 from audiorepro.training import Recipe, TrainConfig
