@@ -2,7 +2,10 @@
 import json, re, shlex, subprocess, sys
 from pathlib import Path
 
-import pytest
+import pytest, torch
+
+from audiorepro.audio import save_audio
+from audiorepro.audioldm2 import AudioLDM2
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT/'README.md').read_text()
@@ -39,6 +42,20 @@ def test_python_snippet(tmp_path):
     names = {}
     exec(code, names)
     assert names['wav'].shape == (1, 40_960) and names['wavs'].shape == (2, 40_960)
+
+
+def test_own_data_snippet(tmp_path, monkeypatch):
+    "The second block of Python, on three tones, for two steps: the folder speaks afterwards"
+    monkeypatch.chdir(tmp_path); monkeypatch.setenv('AUDIOREPRO_OUT', str(tmp_path/'out'))
+    for i in range(3):
+        save_audio(tmp_path/'my_sounds'/f'{i}.wav', .3*torch.sin(torch.arange(40_960)*(.02 + .02*i)), 16_000)
+        (tmp_path/'my_sounds'/f'{i}.txt').write_text('a siren wails')
+    code = [body for kind, body in BLOCKS if kind == 'python'][1]
+    assert code.count('minutes=5') == 1
+    names = {}
+    exec(code.replace('minutes=5', 'steps=2').replace('seed=0', 'seed=0, num_inference_steps=2'), names)
+    again = AudioLDM2.from_pretrained('out/own/my_sounds')('a siren wails', seed=0, num_inference_steps=2)
+    assert names['wav'].shape == (1, 40_960) and (again - names['wav']).abs().max() < .1
 
 
 def test_wheel_works_outside_the_checkout(tmp_path):
