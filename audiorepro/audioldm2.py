@@ -368,7 +368,7 @@ def generate(
     """
     prompts, seconds = as_texts(prompt, 'prompt', pipe.t5), audio_length_in_s
     copies = check_int('num_waveforms_per_prompt', num_waveforms_per_prompt, 1, 1000)
-    check_sampling(pipe.cfg.schedule, num_inference_steps, guidance_scale, guidance_rescale, eta)
+    check_sampling(pipe.cfg.schedule, num_inference_steps, guidance_scale, guidance_rescale, eta, generator)
     if output not in ('wav', 'latents'): raise ValueError(f"output must be 'wav' or 'latents', got {output!r}")
     frames, samples = latent_frames(pipe.cfg, pipe.cfg.clip_seconds if seconds is None else seconds)
     seeds = None if seed is None else item_seeds(seed, len(prompts), copies)
@@ -472,7 +472,7 @@ def toy_recipe(
     model.unet = add_context(ldm, 128)
     model.loa.load_state_dict(LOAModel.from_pretrained(f'{weights}/loa').state_dict())
     loss = partial(joint_loss, t5_null=T5.from_pretrained(weights).encode(['']), drop_one_prob=.3)
-    config = TrainConfig(steps=dict(short=500, full=1400)[budget], lr=1e-3, warmup_steps=100, schedule='cosine',
+    config = TrainConfig(steps=dict(short=500, full=2600)[budget], lr=1e-3, warmup_steps=100, schedule='cosine',
                          ema_decay=.998, bf16=True, seed=seed)
     tensors = joint_tensors(clips, weights, family=family, muted=muted)
     return Recipe(name, model.train(), loss, tensor_batches(tensors, 16, seed), config)

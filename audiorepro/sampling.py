@@ -14,7 +14,7 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 
 from .diffusion import Schedule, draw_noise, inference_timesteps, start_noise
-from .guard import check_int, check_number
+from .guard import check_generator, check_int, check_number
 
 # %% ../nbs/41_sampling.ipynb #cc91729c
 def ddim_table(
@@ -304,6 +304,7 @@ def check_sampling(
     guidance_scale:float=1., # -100 .. 100
     guidance_rescale:float=0., # 0 .. 1
     eta:float=0., # 0 .. 1
+    generator:torch.Generator|list|None=None, # one, or one per item
 ):
     """Refuse what no sampler can follow before any work; `ValueError` names the argument
 
@@ -319,11 +320,14 @@ def check_sampling(
         0 .. 1
     eta : float, default=0.
         0 .. 1
+    generator : torch.Generator|list|None, default=None
+        one, or one per item
     """
     check_int('num_inference_steps', num_inference_steps, 1, schedule.num_train_timesteps)
     check_number('guidance_scale', guidance_scale, -100, 100)
     check_number('guidance_rescale', guidance_rescale, 0, 1)
     check_number('eta', eta, 0, 1)
+    check_generator(generator)
 
 # %% ../nbs/41_sampling.ipynb #8866f442
 @torch.no_grad()
@@ -382,7 +386,7 @@ def sample_ddim(
     Tensor
         `(B, ...)` samples
     """
-    check_sampling(schedule, num_inference_steps, guidance_scale, guidance_rescale, eta)
+    check_sampling(schedule, num_inference_steps, guidance_scale, guidance_rescale, eta, generator)
     if device is None and latents is None and cond is not None and cond.contexts: device = cond.contexts[0][0].device
     z_t, rows = start_noise(shape, latents, generator, device), ddim_table(schedule, num_inference_steps, eta)
     both = stack_branches(cond, uncond, guidance_scale, shape[0])

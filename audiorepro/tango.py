@@ -339,9 +339,9 @@ class KeepBest:
         return dict(val_loss=loss, best_step=self.step)
 
 # %% ../nbs/71_tango.ipynb #62327e14
-def _check_sampler(schedule, sampler, num_inference_steps, guidance_scale, guidance_rescale, eta):
+def _check_sampler(schedule, sampler, num_inference_steps, guidance_scale, guidance_rescale, eta, generator):
     "Refuse what the chosen walk cannot do"
-    check_sampling(schedule, num_inference_steps, guidance_scale, guidance_rescale, eta)
+    check_sampling(schedule, num_inference_steps, guidance_scale, guidance_rescale, eta, generator)
     if sampler not in ('ddim', 'ddpm'): raise ValueError(f"sampler must be 'ddim' or 'ddpm', got {sampler!r}")
     if sampler == 'ddpm' and (eta or guidance_rescale):
         raise ValueError(f"sampler='ddpm' takes no eta and no guidance_rescale, got {eta} and {guidance_rescale}")
@@ -444,7 +444,7 @@ def generate(
     """
     prompts, cfg, seconds = as_texts(prompt, 'prompt', pipe.encoder), pipe.cfg, audio_length_in_s
     copies = check_int('num_waveforms_per_prompt', num_waveforms_per_prompt, 1, 1000)
-    _check_sampler(cfg.schedule, sampler, num_inference_steps, guidance_scale, guidance_rescale, eta)
+    _check_sampler(cfg.schedule, sampler, num_inference_steps, guidance_scale, guidance_rescale, eta, generator)
     if output not in ('wav', 'latents'): raise ValueError(f"output must be 'wav' or 'latents', got {output!r}")
     negative = [''] if negative_prompt is None else as_texts(negative_prompt, 'negative_prompt', pipe.encoder)
     if len(negative) not in (1, n := len(prompts)):

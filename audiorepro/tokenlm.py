@@ -17,7 +17,7 @@ from .audio import check_wav, turn_down
 from .codec import Codec
 from .core import Config, Model, make_generator
 from .datasets import encode_once, toy_set
-from .guard import check_int, check_number
+from .guard import check_generator, check_int, check_number
 from .layers import Attention, attention, causal_mask
 from .pipeline import Pipeline
 from .pretext import hide_words
@@ -458,6 +458,7 @@ def _count_items(cfg, num_frames, states, prefix, generator, batch_size, tempera
     "Refuse what cannot be generated before any work; otherwise the number of items"
     check_int('num_frames', num_frames, 1, cfg.max_frames); check_int('top_k', top_k, 0)
     check_number('temperature', temperature, 0); check_number('guidance_scale', guidance_scale, -100, 100)
+    check_generator(generator)
     if check_number('top_p', top_p, 0, 1) == 0: raise ValueError("top_p must be above 0 and at most 1, got 0")
     if prefix is not None and check_codes(prefix, cfg).shape[2] >= num_frames:
         raise ValueError(f"prefix has {prefix.shape[2]} frames: num_frames must be above that, got {num_frames}")

@@ -205,6 +205,8 @@ PROMPTS = [
     ('no candidates', say('rain falls', num_waveforms_per_prompt=0), ValueError, ['num_waveforms_per_prompt', '0']),
     ('seeds and prompts', say('rain falls', seed=[1, 2]), ValueError, ['seed', '2']),
     ('wrong latents', say('rain falls', latents=torch.zeros(1, 8, 3, 3)), ValueError, ['latents', '(1, 8, 3, 3)']),
+    ('word as generator', say('rain falls', generator='x'), ValueError, ['generator', "'x'"]),
+    ('numbers as generators', say('rain falls', generator=[7]), ValueError, ['generator', '7']),
     ('truncated part', without('vae', halve), ValueError, ['vae', 'truncated']),
     ('part of another model', without('audioldm2', swap_in_judge), ValueError, ['audioldm2', 'does not fit', 'missing']),
     ('no pipeline there', lambda folder: lambda: type(pipe()).from_pretrained(folder/'none'), FileNotFoundError, ['none']),

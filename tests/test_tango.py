@@ -338,7 +338,7 @@ def test_pipeline_keeps_its_promises(pipe, sampler, tmp_path):
 def test_pipeline_is_refused_by_name(pipe):
     for name, values in dict(sampler=('euler', None), num_waveforms_per_prompt=(0,), guidance_scale=(float('nan'),), seed=([1, 2], True),
                              eta=(2,), num_inference_steps=(0, 1001), output=('mel',), audio_length_in_s=(-1,),
-                             negative_prompt=(['a', 'b'],), latents=(torch.zeros(1, 8, 3, 3),)).items():
+                             negative_prompt=(['a', 'b'],), latents=(torch.zeros(1, 8, 3, 3),), generator=('x', [7])).items():
         for bad in values:
             with pytest.raises(ValueError, match=name): pipe('rain falls', **{name: bad})
     for change in (dict(eta=.5), dict(guidance_rescale=.5)):

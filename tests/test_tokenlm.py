@@ -429,6 +429,7 @@ BAD = dict(
     temperature=(dict(temperature=-.1), dict(temperature=float('nan'))), top_k=(dict(top_k=-1), dict(top_k=2.5)),
     top_p=(dict(top_p=0.), dict(top_p=1.01)), guidance_scale=(dict(guidance_scale=float('inf')),),
     num_frames=(dict(num_frames=0), dict(num_frames=61), dict(num_frames=True), dict(prefix=some_codes(2, 12)), dict(prefix=some_codes(2, 99))),
+    generator=(dict(generator='x'), dict(generator=[7, 8])),
     codes=(dict(prefix=some_codes(2, 5)[:, :3]), dict(prefix=some_codes(2, 5) + 31), dict(prefix=some_codes(2, 5) - 31), dict(prefix=some_codes(2, 5).float())),
     items=(dict(prefix=some_codes(3, 5)), dict(generator=[make_generator(0)]), dict(batch_size=3)), batch_size=(dict(states=None, mask=None, batch_size=-1), dict(states=None, mask=None, batch_size=0)))
 
