@@ -18,7 +18,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as base
 
-from .guard import as_device, check_int, check_number, check_target, default_device, lock_folder
+from .guard import (as_device, check_int, check_number, check_settings, check_target, default_device,
+                              lock_folder)
 
 # %% ../nbs/01_core.ipynb #389ff456
 def project_root()->Path: # folder that holds `settings.ini`, or the working folder outside a checkout
@@ -243,12 +244,13 @@ def _hints(cls)->dict:
     except NameError: return {}
 
 def _check_types(cfg):
-    "Raise `ValueError` for the first field that does not hold what it declares"
+    "Raise `ValueError` for the first field that does not hold what it declares, or that makes no network"
     for f in fields(cfg):
         kind, value = _hints(type(cfg)).get(f.name), getattr(cfg, f.name)
         if value is not f.default and kind and not _fits(kind, value):
             name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else kind
             raise ValueError(f"{type(cfg).__name__}.{f.name} must be {name}, got {value!r}")
+        check_settings({f.name: value})
 
 def _read_settings(path):  # what a small JSON file holds; `ValueError` where it is too large, endless or no file
     if os.path.getsize(path) > 2**24 or not os.path.isfile(path): raise ValueError("too large, or no regular file")

@@ -3,7 +3,7 @@
 A row is `(name, make, error, words)`: `make(folder)` prepares the fault and returns a function that meets it; the error must be
 of that class and hold all the words, the offending file or argument among them. A full disk is in `test_faults.py`.
 """
-import json, math, pickle, warnings
+import json, math, pickle, shutil, warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,8 +13,15 @@ import pytest, soundfile, torch
 from torch import nn
 
 from audiorepro.audio import Record, check_wav, load_audio, resample, save_audio
-from audiorepro.core import Config, Model
+from audiorepro.audiomae import AudioMAE
+from audiorepro.clap import CLAP
+from audiorepro.codec import Codec
+from audiorepro.core import WEIGHTS as SHIPPED, Config, Model
+from audiorepro.loa import LOAModel
 from audiorepro.mel import FbankConfig, MelConfig, griffin_lim, kaldi_fbank, log_mel
+from audiorepro.t5 import T5
+from audiorepro.unet import UNet
+from audiorepro.vae import VAE
 
 
 # --- sounds ---------------------------------------------------------------------------------------------------------
@@ -222,6 +229,21 @@ def test_refused(make, error, words, tmp_path):
     for word in words: assert word in str(caught.value)
     assert not list(tmp_path.rglob('exploded')), 'a pickle was executed'
     assert not list(tmp_path.rglob('*.part')), 'half a file was left'
+
+
+@pytest.mark.parametrize('part, change', [
+    ('vae', dict(groups=0)), ('vae', dict(num_res_blocks=-1)), ('vae', dict(mel_std=0.)), ('vae', dict(channel_mult=[])),
+    ('ldm', dict(num_heads=0)), ('ldm', dict(depth=-1)), ('codec', dict(ratios=[0, 5, 4, 2])), ('t5', dict(d_kv=0)),
+    ('clap', dict(heads=0)), ('loa', dict(num_tokens=0)), ('audiomae', dict(patch_size=[0, 8]))], ids=str)
+def test_settings_that_make_no_network(part, change, tmp_path):
+    folder, (name, value) = tmp_path/part, next(iter(change.items()))
+    shutil.copytree(SHIPPED/part, folder)
+    settings = json.loads((folder/'config.json').read_text())
+    assert name in settings
+    (folder/'config.json').write_text(json.dumps(settings | change))
+    with pytest.raises(ValueError, match=f'config.json.*{name} must') as caught:
+        {m.component: m for m in (VAE, UNet, Codec, T5, CLAP, LOAModel, AudioMAE)}[part].from_pretrained(folder)
+    assert str((value or ['()'])[0] if isinstance(value, list) else value) in str(caught.value)
 
 
 def test_long_prompt_is_cut_and_says_so():
