@@ -82,6 +82,8 @@ _SIZES = set("""dim heads num_heads head_dim groups channels in_channels out_cha
     compress dilation_growth filters ratios codebooks codebook_size sample_rate hop_length win_length n_fft n_mels
     num_positions num_tokens cond_dims num_train_timesteps lam ffn_dim num_slots d_model d_kv d_ff buckets max_distance
     upsample_rates upsample_kernels resblock_kernels""".split())
+_COUNTS = set("""layers num_layers num_decoder_layers lstm_layers residual_layers audio_layers text_layers layers_per_block
+    depth decoder_depth attention_levels vocab_size steps_offset kmeans_rounds pooled_dim clap_dim""".split())  # 0 is none
 _ABOVE_ZERO = {'mel_std', 'eps', 'seconds', 'clip_seconds', 'floor'}
 
 def check_settings(
@@ -100,7 +102,7 @@ def check_settings(
             raise ValueError(f"{name} must have an entry, got {value!r}")
         for x in value if isinstance(value, (list, tuple)) else [value]:
             is_whole = isinstance(x, int) and not isinstance(x, bool)
-            if is_whole and 'seed' not in name: check_int(name, x, int(name in _SIZES))
+            if is_whole and name in _SIZES | _COUNTS: check_int(name, x, int(name in _SIZES))
             if name in _ABOVE_ZERO and isinstance(x, (int, float)) and not x > 0:
                 raise ValueError(f"{name} must be above 0, got {x!r}")
 
