@@ -14,9 +14,8 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
+import torch, torch.nn.modules.module as base
 from torch import nn
-from torch.nn.modules import module as base
 
 from .guard import (as_device, check_int, check_number, check_settings, check_target, default_device,
                               lock_folder)
@@ -246,11 +245,10 @@ def _hints(cls)->dict:
 def _check_types(cfg):
     "Raise `ValueError` for the first field that does not hold what it declares, or that makes no network"
     for f in fields(cfg):
-        kind, value = _hints(type(cfg)).get(f.name), getattr(cfg, f.name)
+        kind, value = _hints(type(cfg)).get(f.name), getattr(cfg, f.name); check_settings({f.name: value})
         if value is not f.default and kind and not _fits(kind, value):
             name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else kind
             raise ValueError(f"{type(cfg).__name__}.{f.name} must be {name}, got {value!r}")
-        check_settings({f.name: value})
 
 def _read_settings(path):  # what a small JSON file holds; `ValueError` where it is too large, endless or no file
     if os.path.getsize(path) > 2**24 or not os.path.isfile(path): raise ValueError("too large, or no regular file")

@@ -77,13 +77,14 @@ def check_number(
     return float(value)
 
 # %% ../nbs/00a_guard.ipynb #078add4d
-_SIZES = set("""dim heads num_heads head_dim groups channels in_channels out_channels channel_mult num_res_blocks z_channels
-    decoder_dim decoder_heads patch_size input_size stem_stride text_dim kernel last_kernel residual_kernel kernel_size
-    compress dilation_growth filters ratios codebooks codebook_size sample_rate hop_length win_length n_fft n_mels
-    num_positions num_tokens cond_dims num_train_timesteps lam ffn_dim num_slots d_model d_kv d_ff buckets max_distance
-    upsample_rates upsample_kernels resblock_kernels""".split())
-_COUNTS = set("""layers num_layers num_decoder_layers lstm_layers residual_layers audio_layers text_layers layers_per_block
-    depth decoder_depth attention_levels vocab_size steps_offset kmeans_rounds pooled_dim clap_dim""".split())  # 0 is none
+_SIZES = set("""dim heads num_heads head_dim groups channels in_channels out_channels channel_mult num_res_blocks
+    z_channels decoder_dim decoder_heads patch_size input_size stem_stride text_dim kernel last_kernel residual_kernel
+    kernel_size compress dilation_growth filters ratios codebooks codebook_size sample_rate hop_length win_length n_fft
+    n_mels num_positions num_tokens cond_dims num_train_timesteps lam ffn_dim num_slots d_model d_kv d_ff buckets
+    max_distance upsample_rates upsample_kernels resblock_kernels""".split())
+_COUNTS = set("""layers num_layers num_decoder_layers lstm_layers residual_layers audio_layers text_layers
+    layers_per_block depth decoder_depth attention_levels vocab_size steps_offset kmeans_rounds pooled_dim
+    clap_dim""".split())  # 0 is none
 _ABOVE_ZERO = {'mel_std', 'eps', 'seconds', 'clip_seconds', 'floor'}
 
 def check_settings(

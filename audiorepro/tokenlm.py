@@ -456,9 +456,8 @@ def draw_codes(
 
 def _count_items(cfg, num_frames, states, prefix, generator, batch_size, temperature, top_k, top_p, guidance_scale):
     "Refuse what cannot be generated before any work; otherwise the number of items"
-    check_int('num_frames', num_frames, 1, cfg.max_frames); check_int('top_k', top_k, 0)
+    check_int('num_frames', num_frames, 1, cfg.max_frames); check_int('top_k', top_k, 0); check_generator(generator)
     check_number('temperature', temperature, 0); check_number('guidance_scale', guidance_scale, -100, 100)
-    check_generator(generator)
     if check_number('top_p', top_p, 0, 1) == 0: raise ValueError("top_p must be above 0 and at most 1, got 0")
     if prefix is not None and check_codes(prefix, cfg).shape[2] >= num_frames:
         raise ValueError(f"prefix has {prefix.shape[2]} frames: num_frames must be above that, got {num_frames}")
