@@ -85,7 +85,7 @@ _SIZES = set("""dim heads num_heads head_dim groups channels in_channels out_cha
 _COUNTS = set("""layers num_layers num_decoder_layers lstm_layers residual_layers audio_layers text_layers
     layers_per_block depth decoder_depth attention_levels vocab_size steps_offset kmeans_rounds pooled_dim
     clap_dim""".split())  # 0 is none
-_ABOVE_ZERO = {'mel_std', 'eps', 'seconds', 'clip_seconds', 'floor'}
+_ABOVE_ZERO = {'mel_std', 'eps', 'clip_seconds'}
 
 def check_settings(
     values:dict, # name -> value, a list of values, or settings inside the settings
